@@ -1,0 +1,3 @@
+//! Pure logic.
+#![no_std]
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Register and memory access.
+#![no_std]
