@@ -1,3 +1,240 @@
-//! ABI.
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The interface between the host and the monitor: the only source of its
+//! numbers. The C header for Linux is generated from here ([`header`]).
+//!
+//! Calls are SMC64 fast calls in the SiP range (SMC Calling Convention,
+//! Arm DEN 0028): the function identifier in `x0`, arguments from `x1`;
+//! on return the [`Status`] in `x0` and results from `x1`. All addresses are
+//! physical or intermediate physical byte addresses and 4 KiB aligned.
 #![no_std]
 #![forbid(unsafe_code)]
+
+pub mod header;
+pub mod layout;
+mod run_page;
+
+pub use run_page::{
+    ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, MAX_LRS, WORDS_ENTRY, WORDS_EXIT,
+};
+
+/// Major version; a host must refuse a monitor with another one.
+pub const VERSION_MAJOR: u32 = 1;
+/// Minor version; grows when calls are added.
+pub const VERSION_MINOR: u32 = 0;
+/// What [`Function::Version`] returns in `x1`.
+pub const VERSION: u64 = ((VERSION_MAJOR as u64) << 16) | VERSION_MINOR as u64;
+
+/// The answer to [`UID_CALL`], in `w0` to `w3` (SMCCC "Call UID query").
+pub const UID: [u32; 4] = [0x4b2f_7d1c, 0x96e3_a85d, 0x5e0b_41c2, 0xd719_4f3a];
+/// SMCCC SiP service "Call UID query" (SMC32).
+pub const UID_CALL: u32 = 0x8200_ff01;
+/// First function identifier of the host ABI.
+pub const FUNCTION_BASE: u32 = 0xc200_0000;
+
+/// Size of a page (granule) in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+/// VMs that can exist at once. One VMID each; VMID 0 is the host's and 8 bits
+/// are all that a Cortex-A57 has.
+pub const MAX_VMS: usize = 128;
+/// vCPUs that can exist at once, over all VMs.
+pub const MAX_VCPUS: usize = 512;
+/// vCPUs of one VM.
+pub const MAX_VCPUS_PER_VM: usize = 64;
+/// RAM ranges of one VM.
+pub const MAX_RAM_RANGES: usize = 8;
+/// Pages that one call may name.
+pub const MAX_PAGES_PER_CALL: u64 = 32;
+/// Bits of the largest guest physical address space.
+pub const MAX_IPA_BITS: u64 = 40;
+/// Bits of the smallest guest physical address space.
+pub const MIN_IPA_BITS: u64 = 32;
+
+/// The calls of the host ABI. Arguments and results are listed in
+/// `docs/abi.md`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Function {
+    /// `-> version, features`
+    Version = 0,
+    /// `-> ICH_VTR_EL2, GIC version, largest IPA bits`
+    CpuInfo = 1,
+    /// Destroys every VM; [`Status::Again`] until done.
+    HostReset = 2,
+    /// `max_vcpus, gic (0, 2, 3), ipa_bits -> handle, CNTVOFF`
+    VmCreate = 3,
+    /// `vm, ipa, size`: declares guest RAM.
+    VmAddRam = 4,
+    /// `vm, idx, run_pa`
+    VcpuCreate = 5,
+    /// `vm, idx, pc, x0, x1, x2, x3`: the vCPU is on at launch.
+    VcpuSetBoot = 6,
+    /// `vm, ipa, pa`: donates a page with its content, measured.
+    VmPopulate = 7,
+    /// `vm -> digest (4 x u64)`
+    VmActivate = 8,
+    /// `vm, idx -> exit class`
+    VcpuRun = 9,
+    /// `vm or 0`: loads CNTVOFF_EL2 for the host's use.
+    TimerLoad = 10,
+    /// `vm, ipa, pa, size`: donates a page; its content is zeroed.
+    PageMap = 11,
+    /// `vm, ipa, n -> done`: pages come back to the host, wiped.
+    PageUnmap = 12,
+    /// `vm, ipa, pa`: maps a page of the GICv2 virtual CPU interface.
+    MapDev = 13,
+    /// `vm, pa, n`: donates table memory.
+    PoolDonate = 14,
+    /// `vm`: scrubs and returns all private pages, opens the launch again;
+    /// [`Status::Again`] until done.
+    VmReset = 15,
+    /// `vm`: as reset, then everything else; [`Status::Again`] until done.
+    VmDestroy = 16,
+    /// `-> VMs, vCPUs, private pages, pool pages, host pages`
+    Stats = 17,
+}
+
+impl Function {
+    /// All calls, in the order of their numbers.
+    pub const ALL: [Self; 18] = [
+        Self::Version,
+        Self::CpuInfo,
+        Self::HostReset,
+        Self::VmCreate,
+        Self::VmAddRam,
+        Self::VcpuCreate,
+        Self::VcpuSetBoot,
+        Self::VmPopulate,
+        Self::VmActivate,
+        Self::VcpuRun,
+        Self::TimerLoad,
+        Self::PageMap,
+        Self::PageUnmap,
+        Self::MapDev,
+        Self::PoolDonate,
+        Self::VmReset,
+        Self::VmDestroy,
+        Self::Stats,
+    ];
+
+    /// The function identifier for `x0`.
+    #[must_use]
+    pub const fn id(self) -> u32 {
+        FUNCTION_BASE + self as u32
+    }
+
+    /// The call with this identifier, if there is one. As in the SMC Calling
+    /// Convention only the low 32 bits of the register count.
+    #[must_use]
+    pub fn from_id(id: u32) -> Option<Self> {
+        let index = usize::try_from(id.checked_sub(FUNCTION_BASE)?).ok()?;
+        Self::ALL.get(index).copied()
+    }
+
+    /// The name in C and in logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Version => "VERSION",
+            Self::CpuInfo => "CPU_INFO",
+            Self::HostReset => "HOST_RESET",
+            Self::VmCreate => "VM_CREATE",
+            Self::VmAddRam => "VM_ADD_RAM",
+            Self::VcpuCreate => "VCPU_CREATE",
+            Self::VcpuSetBoot => "VCPU_SET_BOOT",
+            Self::VmPopulate => "VM_POPULATE",
+            Self::VmActivate => "VM_ACTIVATE",
+            Self::VcpuRun => "VCPU_RUN",
+            Self::TimerLoad => "TIMER_LOAD",
+            Self::PageMap => "PAGE_MAP",
+            Self::PageUnmap => "PAGE_UNMAP",
+            Self::MapDev => "MAP_DEV",
+            Self::PoolDonate => "POOL_DONATE",
+            Self::VmReset => "VM_RESET",
+            Self::VmDestroy => "VM_DESTROY",
+            Self::Stats => "STATS",
+        }
+    }
+}
+
+/// Why a call was refused. A refused call has changed nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(i64)]
+pub enum Error {
+    /// No such call.
+    NotSupported = -1,
+    /// The page, the range or the VM is not the caller's to use so.
+    Denied = -2,
+    /// An argument is malformed.
+    Invalid = -3,
+    /// Table memory is short; `x1` = pages wanted. Or no slot is free (`x1` = 0).
+    NoMemory = -4,
+    /// In use on another CPU.
+    Busy = -5,
+    /// Not finished or raced: call again with the same arguments.
+    Again = -6,
+    /// Content failed its authentication.
+    Integrity = -7,
+    /// Not possible in the present state of the VM or vCPU.
+    State = -8,
+}
+
+impl Error {
+    /// All errors.
+    pub const ALL: [Self; 8] = [
+        Self::NotSupported,
+        Self::Denied,
+        Self::Invalid,
+        Self::NoMemory,
+        Self::Busy,
+        Self::Again,
+        Self::Integrity,
+        Self::State,
+    ];
+
+    /// The value of `x0`.
+    #[must_use]
+    pub const fn code(self) -> i64 {
+        self as i64
+    }
+
+    /// The name in C and in logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotSupported => "NOT_SUPPORTED",
+            Self::Denied => "DENIED",
+            Self::Invalid => "INVALID",
+            Self::NoMemory => "NOMEM",
+            Self::Busy => "BUSY",
+            Self::Again => "AGAIN",
+            Self::Integrity => "INTEGRITY",
+            Self::State => "STATE",
+        }
+    }
+}
+
+/// `x0` of a call that was carried out.
+pub const SUCCESS: i64 = 0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn function_ids_round_trip() {
+        for f in Function::ALL {
+            assert_eq!(Function::from_id(f.id()), Some(f));
+        }
+        assert_eq!(Function::from_id(FUNCTION_BASE + 18), None);
+        assert_eq!(Function::from_id(FUNCTION_BASE - 1), None);
+        assert_eq!(Function::from_id(0), None);
+    }
+
+    #[test]
+    fn error_codes_are_distinct_and_negative() {
+        for (i, a) in Error::ALL.iter().enumerate() {
+            assert!(a.code() < 0);
+            assert!(Error::ALL.iter().skip(i + 1).all(|b| b.code() != a.code()));
+        }
+    }
+}

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The run page: one 4 KiB page of host memory a vCPU. The monitor copies the
+//! entry half once before it looks at it, and writes the exit half once.
+
+/// List registers that the page has room for (GICv3 implements at most 16).
+pub const MAX_LRS: usize = 16;
+/// Offset of the entry half in bytes.
+pub const ENTRY_OFFSET: usize = 0;
+/// Offset of the exit half in bytes.
+pub const EXIT_OFFSET: usize = 0x800;
+/// 64-bit words of the entry half.
+pub const WORDS_ENTRY: usize = 8 + MAX_LRS;
+/// 64-bit words of the exit half.
+pub const WORDS_EXIT: usize = 14 + MAX_LRS;
+
+/// Bits of [`Entry::flags`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct EntryFlags(pub u64);
+
+impl EntryFlags {
+    /// The access that the last exit reported is done: take the result, step the PC.
+    pub const COMPLETE: u64 = 1 << 0;
+    /// Answer the MMIO access with a synchronous external abort.
+    pub const INJECT_SEA: u64 = 1 << 1;
+    /// Answer the system register access with an Undefined Instruction exception.
+    pub const INJECT_UNDEF: u64 = 1 << 2;
+    /// Trap WFI.
+    pub const TRAP_WFI: u64 = 1 << 3;
+    /// Trap WFE.
+    pub const TRAP_WFE: u64 = 1 << 4;
+    /// Bits that answer an exit; at most one may be set.
+    pub const ANSWERS: u64 = Self::COMPLETE | Self::INJECT_SEA | Self::INJECT_UNDEF;
+    /// All bits that mean something.
+    pub const ALL: u64 = Self::ANSWERS | Self::TRAP_WFI | Self::TRAP_WFE;
+
+    /// Whether all bits of `mask` are set.
+    #[must_use]
+    pub const fn has(self, mask: u64) -> bool {
+        self.0 & mask == mask
+    }
+}
+
+/// What the host gives for one run of a vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Entry {
+    /// See [`EntryFlags`].
+    pub flags: EntryFlags,
+    /// Results of a hypercall: the guest's `x0` to `x3`.
+    pub gpr: [u64; 4],
+    /// Result of an MMIO or system register read.
+    pub data: u64,
+    /// `ICH_HCR_EL2` (GICv3; 0 otherwise).
+    pub ich_hcr: u64,
+    /// List registers in use (GICv3; 0 otherwise).
+    pub nr_lr: u64,
+    /// `ICH_LR<n>_EL2`.
+    pub lr: [u64; MAX_LRS],
+}
+
+impl Entry {
+    /// Reads the words of the entry half.
+    #[must_use]
+    pub fn from_words(words: &[u64; WORDS_ENTRY]) -> Self {
+        let [flags, g0, g1, g2, g3, data, ich_hcr, nr_lr, lr @ ..] = *words;
+        Self { flags: EntryFlags(flags), gpr: [g0, g1, g2, g3], data, ich_hcr, nr_lr, lr }
+    }
+}
+
+/// Why the guest stopped running.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u64)]
+pub enum ExitClass {
+    /// An interrupt for the host; nothing is exposed.
+    #[default]
+    Irq = 0,
+    /// A load outside declared RAM.
+    MmioRead = 1,
+    /// A store outside declared RAM.
+    MmioWrite = 2,
+    /// A read of a system register that the host emulates.
+    SysregRead = 3,
+    /// A write of a system register that the host emulates.
+    SysregWrite = 4,
+    /// A PSCI call that the host must act on.
+    Hvc = 5,
+    /// A trapped WFI or WFE.
+    Wfx = 6,
+    /// A stage-2 fault in declared RAM; resolved by PAGE_MAP and another run.
+    Fault = 7,
+    /// A physical SError interrupt.
+    SError = 8,
+}
+
+impl ExitClass {
+    /// All classes with their names in C.
+    pub const ALL: [(Self, &'static str); 9] = [
+        (Self::Irq, "IRQ"),
+        (Self::MmioRead, "MMIO_READ"),
+        (Self::MmioWrite, "MMIO_WRITE"),
+        (Self::SysregRead, "SYSREG_READ"),
+        (Self::SysregWrite, "SYSREG_WRITE"),
+        (Self::Hvc, "HVC"),
+        (Self::Wfx, "WFX"),
+        (Self::Fault, "FAULT"),
+        (Self::SError, "SERROR"),
+    ];
+}
+
+/// What the monitor reports of one run. What an exit class does not expose is 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Exit {
+    /// Why the guest stopped.
+    pub class: ExitClass,
+    /// `ESR_EL2` with the register number masked to 0.
+    pub esr: u64,
+    /// The faulting IPA in bytes (the page for [`ExitClass::Fault`]).
+    pub ipa: u64,
+    /// The guest's `x0` to `x3` of a hypercall.
+    pub gpr: [u64; 4],
+    /// The value of a store or of a system register write.
+    pub data: u64,
+    /// 1 if the guest was at EL1, 0 at EL0.
+    pub mode: u64,
+    /// `ICH_HCR_EL2` (for EOIcount).
+    pub ich_hcr: u64,
+    /// `ICH_VMCR_EL2`.
+    pub ich_vmcr: u64,
+    /// `ICH_MISR_EL2`.
+    pub ich_misr: u64,
+    /// `ICH_EISR_EL2`.
+    pub ich_eisr: u64,
+    /// `ICH_ELRSR_EL2`.
+    pub ich_elrsr: u64,
+    /// `ICH_LR<n>_EL2`.
+    pub lr: [u64; MAX_LRS],
+}
+
+impl Exit {
+    /// The words of the exit half, in order.
+    #[must_use]
+    pub fn to_words(&self) -> [u64; WORDS_EXIT] {
+        let mut words = [0; WORDS_EXIT];
+        let head = [
+            self.class as u64,
+            self.esr,
+            self.ipa,
+            self.gpr[0],
+            self.gpr[1],
+            self.gpr[2],
+            self.gpr[3],
+            self.data,
+            self.mode,
+            self.ich_hcr,
+            self.ich_vmcr,
+            self.ich_misr,
+            self.ich_eisr,
+            self.ich_elrsr,
+        ];
+        let (low, high) = words.split_at_mut(head.len());
+        low.copy_from_slice(&head);
+        high.copy_from_slice(&self.lr);
+        words
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entry_words_land_in_their_fields() {
+        let mut words = [0; WORDS_ENTRY];
+        for (word, n) in words.iter_mut().zip(100..) {
+            *word = n;
+        }
+        let e = Entry::from_words(&words);
+        assert_eq!(e.flags.0, 100);
+        assert_eq!(e.gpr, [101, 102, 103, 104]);
+        assert_eq!((e.data, e.ich_hcr, e.nr_lr), (105, 106, 107));
+        assert_eq!((e.lr[0], e.lr[15]), (108, 123));
+    }
+
+    #[test]
+    fn exit_words_follow_the_documented_offsets() {
+        let exit = Exit {
+            class: ExitClass::Wfx,
+            esr: 1,
+            ipa: 2,
+            gpr: [3, 4, 5, 6],
+            data: 7,
+            mode: 8,
+            ich_hcr: 9,
+            ich_vmcr: 10,
+            ich_misr: 11,
+            ich_eisr: 12,
+            ich_elrsr: 13,
+            lr: [14; MAX_LRS],
+        };
+        let words = exit.to_words();
+        assert_eq!(words[0], 6);
+        for (i, word) in words.iter().enumerate().take(14).skip(1) {
+            assert_eq!(*word, i as u64);
+        }
+        assert!(words[14..].iter().all(|w| *w == 14));
+    }
+}
