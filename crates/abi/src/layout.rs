@@ -14,7 +14,34 @@ pub const BLOCK_SIZE: u64 = 2 << 20;
 #[must_use]
 pub const fn carveout_size(ram_size: u64) -> u64 {
     let level3 = ram_size / BLOCK_SIZE * PAGE_SIZE;
-    (level3 + 2 * BLOCK_SIZE).next_multiple_of(BLOCK_SIZE)
+    (level3 + BLOCK_SIZE).next_multiple_of(BLOCK_SIZE)
+}
+
+/// Offsets of what the carve-out holds, from its base.
+pub mod carveout {
+    use crate::{MAX_VMS, PAGE_SIZE};
+
+    /// The EL2 vector page.
+    pub const EL2_VECTORS: u64 = 0;
+    /// The zero frame that the host reads where a VM's page lies.
+    pub const ZERO_FRAME: u64 = PAGE_SIZE;
+    /// Root of the host's stage-2: two concatenated level 1 tables.
+    pub const HOST_ROOT: u64 = 2 * PAGE_SIZE;
+    /// Level 2 table and level 3 tables of the device windows.
+    pub const DEVICE_TABLES: u64 = 4 * PAGE_SIZE;
+    /// Tables at [`DEVICE_TABLES`].
+    pub const DEVICE_TABLE_COUNT: u64 = 28;
+    /// Level 2 tables of RAM, one a GiB.
+    pub const LEVEL2_TABLES: u64 = DEVICE_TABLES + DEVICE_TABLE_COUNT * PAGE_SIZE;
+    /// Level 2 tables at [`LEVEL2_TABLES`]: the GiBs of RAM that can be mapped.
+    pub const LEVEL2_TABLE_COUNT: u64 = 32;
+    /// Roots of the VMs' stage-2: two concatenated level 1 tables a VM.
+    pub const VM_ROOTS: u64 = 1 << 20;
+    /// Level 3 tables of RAM, one for each 2 MiB.
+    pub const LEVEL3_TABLES: u64 = VM_ROOTS + MAX_VMS as u64 * 2 * PAGE_SIZE;
+
+    const _: () = assert!(LEVEL2_TABLES + LEVEL2_TABLE_COUNT * PAGE_SIZE <= VM_ROOTS);
+    const _: () = assert!(LEVEL3_TABLES == super::BLOCK_SIZE);
 }
 
 /// Where the host's device tree is placed.
@@ -51,7 +78,7 @@ mod tests {
 
     #[test]
     fn images_follow_the_carveout() {
-        assert_eq!(carveout_size(4 << 30), 12 << 20);
-        assert_eq!(host_kernel(0x4000_0000, 4 << 30), 0x40e0_0000);
+        assert_eq!(carveout_size(4 << 30), 10 << 20);
+        assert_eq!(host_kernel(0x4000_0000, 4 << 30), 0x40c0_0000);
     }
 }
