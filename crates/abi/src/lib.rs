@@ -14,7 +14,8 @@ pub mod layout;
 mod run_page;
 
 pub use run_page::{
-    ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, MAX_LRS, WORDS_ENTRY, WORDS_EXIT,
+    ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, MAX_LRS, VgicExit, WORDS_ENTRY,
+    WORDS_EXIT, exit_words,
 };
 
 /// Major version; a host must refuse a monitor with another one.

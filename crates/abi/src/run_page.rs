@@ -106,7 +106,8 @@ impl ExitClass {
     ];
 }
 
-/// What the monitor reports of one run. What an exit class does not expose is 0.
+/// Why a guest stopped running, and what that shows of it. What an exit class
+/// does not expose is 0.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Exit {
     /// Why the guest stopped.
@@ -121,46 +122,49 @@ pub struct Exit {
     pub data: u64,
     /// 1 if the guest was at EL1, 0 at EL0.
     pub mode: u64,
+}
+
+/// The GICv3 virtual CPU interface after a run; 0 on GICv2.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VgicExit {
     /// `ICH_HCR_EL2` (for EOIcount).
-    pub ich_hcr: u64,
+    pub hcr: u64,
     /// `ICH_VMCR_EL2`.
-    pub ich_vmcr: u64,
+    pub vmcr: u64,
     /// `ICH_MISR_EL2`.
-    pub ich_misr: u64,
+    pub misr: u64,
     /// `ICH_EISR_EL2`.
-    pub ich_eisr: u64,
+    pub eisr: u64,
     /// `ICH_ELRSR_EL2`.
-    pub ich_elrsr: u64,
+    pub elrsr: u64,
     /// `ICH_LR<n>_EL2`.
     pub lr: [u64; MAX_LRS],
 }
 
-impl Exit {
-    /// The words of the exit half, in order.
-    #[must_use]
-    pub fn to_words(&self) -> [u64; WORDS_EXIT] {
-        let mut words = [0; WORDS_EXIT];
-        let head = [
-            self.class as u64,
-            self.esr,
-            self.ipa,
-            self.gpr[0],
-            self.gpr[1],
-            self.gpr[2],
-            self.gpr[3],
-            self.data,
-            self.mode,
-            self.ich_hcr,
-            self.ich_vmcr,
-            self.ich_misr,
-            self.ich_eisr,
-            self.ich_elrsr,
-        ];
-        let (low, high) = words.split_at_mut(head.len());
-        low.copy_from_slice(&head);
-        high.copy_from_slice(&self.lr);
-        words
-    }
+/// The words of the exit half, in order.
+#[must_use]
+pub fn exit_words(exit: &Exit, vgic: &VgicExit) -> [u64; WORDS_EXIT] {
+    let mut words = [0; WORDS_EXIT];
+    let head = [
+        exit.class as u64,
+        exit.esr,
+        exit.ipa,
+        exit.gpr[0],
+        exit.gpr[1],
+        exit.gpr[2],
+        exit.gpr[3],
+        exit.data,
+        exit.mode,
+        vgic.hcr,
+        vgic.vmcr,
+        vgic.misr,
+        vgic.eisr,
+        vgic.elrsr,
+    ];
+    let (low, high) = words.split_at_mut(head.len());
+    low.copy_from_slice(&head);
+    high.copy_from_slice(&vgic.lr);
+    words
 }
 
 #[cfg(test)]
@@ -182,21 +186,10 @@ mod tests {
 
     #[test]
     fn exit_words_follow_the_documented_offsets() {
-        let exit = Exit {
-            class: ExitClass::Wfx,
-            esr: 1,
-            ipa: 2,
-            gpr: [3, 4, 5, 6],
-            data: 7,
-            mode: 8,
-            ich_hcr: 9,
-            ich_vmcr: 10,
-            ich_misr: 11,
-            ich_eisr: 12,
-            ich_elrsr: 13,
-            lr: [14; MAX_LRS],
-        };
-        let words = exit.to_words();
+        let exit =
+            Exit { class: ExitClass::Wfx, esr: 1, ipa: 2, gpr: [3, 4, 5, 6], data: 7, mode: 8 };
+        let vgic = VgicExit { hcr: 9, vmcr: 10, misr: 11, eisr: 12, elrsr: 13, lr: [14; MAX_LRS] };
+        let words = exit_words(&exit, &vgic);
         assert_eq!(words[0], 6);
         for (i, word) in words.iter().enumerate().take(14).skip(1) {
             assert_eq!(*word, i as u64);

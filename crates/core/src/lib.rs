@@ -1,3 +1,26 @@
-//! Pure logic.
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The decisions of the monitor: who owns which page, what a stage-2 entry may
+//! say, what an exit may show and what may come back. No register and no
+//! physical memory is touched here; that is behind [`hw::Hardware`].
 #![no_std]
 #![forbid(unsafe_code)]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod addr;
+pub mod drbg;
+pub mod exit;
+pub mod guest_map;
+pub mod host_map;
+pub mod hw;
+pub mod hypercall;
+pub mod launch;
+pub mod page;
+pub mod ram;
+pub mod stage2;
+pub mod vgic;
+pub mod vm;
+
+#[cfg(test)]
+mod fake;

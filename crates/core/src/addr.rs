@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Addresses that can't be mixed up.
+
+use havmsi_abi::PAGE_SIZE;
+
+/// A physical address in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Pa(pub u64);
+
+/// An intermediate physical address (what a guest takes for physical) in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Ipa(pub u64);
+
+impl Pa {
+    /// Whether the address is that of a page.
+    #[must_use]
+    pub const fn is_page(self) -> bool {
+        self.0.is_multiple_of(PAGE_SIZE)
+    }
+
+    /// The address `bytes` further on; wraps, for addresses known to be small.
+    #[must_use]
+    pub const fn offset(self, bytes: u64) -> Self {
+        Self(self.0.wrapping_add(bytes))
+    }
+}
+
+impl Ipa {
+    /// Whether the address is that of a page.
+    #[must_use]
+    pub const fn is_page(self) -> bool {
+        self.0.is_multiple_of(PAGE_SIZE)
+    }
+
+    /// The page that holds this address.
+    #[must_use]
+    pub const fn page(self) -> Self {
+        Self(self.0 & !(PAGE_SIZE - 1))
+    }
+}
+
+/// `n` as an index. Every target of this crate has 64-bit (or on a build
+/// machine at least 32-bit) `usize`; a value that does not fit is out of every
+/// table, which the callers' bounds checks then see.
+#[must_use]
+pub fn index(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}

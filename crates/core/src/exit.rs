@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The exposure policy: what an exit of a guest shows to the host, what the
+//! monitor answers itself, and what the host may give back. See `docs/abi.md`
+//! for the table.
+
+use havmsi_abi::{Entry, EntryFlags, Error, Exit, ExitClass};
+
+use crate::addr::Ipa;
+
+/// Exception classes of `ESR_ELx.EC` (Arm ARM D19.2 "ESR_EL2").
+pub mod ec {
+    /// WFI or WFE.
+    pub const WFX: u64 = 0x01;
+    /// HVC from AArch64.
+    pub const HVC64: u64 = 0x16;
+    /// SMC from AArch64.
+    pub const SMC64: u64 = 0x17;
+    /// MSR, MRS or system instruction from AArch64.
+    pub const SYSREG: u64 = 0x18;
+    /// Instruction abort from a lower exception level.
+    pub const INSTRUCTION_ABORT: u64 = 0x20;
+    /// Data abort from a lower exception level.
+    pub const DATA_ABORT: u64 = 0x24;
+}
+
+const EC_SHIFT: u32 = 26;
+const IL: u64 = 1 << 25;
+const ISV: u64 = 1 << 24;
+const SAS_SHIFT: u32 = 22;
+const SSE: u64 = 1 << 21;
+const SRT_SHIFT: u32 = 16;
+const SF: u64 = 1 << 15;
+const CM: u64 = 1 << 8;
+const S1PTW: u64 = 1 << 7;
+const WNR: u64 = 1 << 6;
+const FSC: u64 = 0x3f;
+const FSC_TYPE: u64 = 0x3c;
+const FSC_TRANSLATION: u64 = 0x04;
+const FSC_TRANSLATION_L3: u64 = 0x07;
+const FSC_PERMISSION: u64 = 0x0c;
+const FSC_ACCESS_FLAG: u64 = 0x08;
+/// What the host sees of an MMIO access's syndrome: all that describes the
+/// access, without the register's number.
+const MMIO_ESR: u64 = 0x3f << EC_SHIFT | IL | ISV | 0b11 << SAS_SHIFT | SSE | SF | WNR | FSC;
+const WFX_IS_WFE: u64 = 1;
+
+/// A trapped system register access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SysregAccess {
+    /// `op0, op1, CRn, CRm, op2` as in [`sysreg`].
+    pub register: u32,
+    /// The general register, 31 for `xzr`.
+    pub rt: u8,
+    /// A read (MRS).
+    pub read: bool,
+}
+
+/// The encoding of a system register as one number.
+#[must_use]
+pub const fn sysreg(op0: u32, op1: u32, crn: u32, crm: u32, op2: u32) -> u32 {
+    op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
+}
+
+/// System registers that the policy names.
+mod reg {
+    use super::sysreg;
+    pub const ACTLR_EL1: u32 = sysreg(3, 0, 1, 0, 1);
+    pub const ICC_SGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 5);
+    pub const ICC_ASGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 6);
+    pub const ICC_SGI0R_EL1: u32 = sysreg(3, 0, 12, 11, 7);
+    pub const ICC_SRE_EL1: u32 = sysreg(3, 0, 12, 12, 5);
+    pub const CNTP_TVAL_EL0: u32 = sysreg(3, 3, 14, 2, 0);
+    pub const CNTP_CTL_EL0: u32 = sysreg(3, 3, 14, 2, 1);
+    pub const CNTP_CVAL_EL0: u32 = sysreg(3, 3, 14, 2, 2);
+}
+
+impl SysregAccess {
+    /// Decodes the ISS of an `MSR`/`MRS` trap.
+    #[must_use]
+    pub fn decode(esr: u64) -> Self {
+        let field = |shift: u32, mask: u64| u32::try_from(esr >> shift & mask).unwrap_or(0);
+        Self {
+            register: sysreg(field(20, 3), field(14, 7), field(10, 15), field(1, 15), field(17, 7)),
+            rt: register_number(esr >> 5),
+            read: esr & 1 != 0,
+        }
+    }
+
+    /// The `op0` field: 2 is the debug and trace space.
+    #[must_use]
+    pub const fn op0(&self) -> u32 {
+        self.register >> 14
+    }
+
+    /// Whether it is in the space of the ID registers that HCR_EL2.TID3 traps:
+    /// `op0 = 3, op1 = 0, CRn = 0, CRm = 1..=7`.
+    #[must_use]
+    pub const fn is_id(&self) -> bool {
+        let crm = self.register >> 3 & 15;
+        self.register >> 7 == sysreg(3, 0, 0, 0, 0) >> 7 && crm >= 1 && crm <= 7
+    }
+}
+
+fn register_number(bits: u64) -> u8 {
+    bits.to_le_bytes()[0] & 31
+}
+
+/// The general register `rt` as a value; 31 is `xzr`.
+#[must_use]
+pub fn read_register(x: &[u64; 31], rt: u8) -> u64 {
+    x.get(usize::from(rt)).copied().unwrap_or(0)
+}
+
+/// Sets the general register `rt`; 31 is `xzr`.
+pub fn write_register(x: &mut [u64; 31], rt: u8, value: u64) {
+    if let Some(register) = x.get_mut(usize::from(rt)) {
+        *register = value;
+    }
+}
+
+/// A load or store by a single register, as a data abort's syndrome tells.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Access {
+    /// The general register, 31 for `xzr`.
+    pub rt: u8,
+    /// Bytes: 1, 2, 4 or 8.
+    pub size: u32,
+    /// A load is sign extended.
+    pub signed: bool,
+    /// The register is 64 bits wide.
+    pub wide: bool,
+    /// A store.
+    pub write: bool,
+}
+
+impl Access {
+    /// Decodes a data abort's syndrome; `None` if it does not tell.
+    #[must_use]
+    pub fn decode(esr: u64) -> Option<Self> {
+        (esr & ISV != 0).then(|| Self {
+            rt: register_number(esr >> SRT_SHIFT),
+            size: 1 << (esr >> SAS_SHIFT & 0b11),
+            signed: esr & SSE != 0,
+            wide: esr & SF != 0,
+            write: esr & WNR != 0,
+        })
+    }
+
+    /// What a store of `value` puts out: no more than its size.
+    #[must_use]
+    pub const fn stored(&self, value: u64) -> u64 {
+        value & (u64::MAX >> (64 - 8 * self.size))
+    }
+
+    /// What the register holds after a load of `data`: truncated to the size
+    /// of the access and extended as the instruction says.
+    #[must_use]
+    pub const fn loaded(&self, data: u64) -> u64 {
+        let unused = 64 - 8 * self.size;
+        let value = if self.signed {
+            (((data << unused).cast_signed()) >> unused).cast_unsigned()
+        } else {
+            data << unused >> unused
+        };
+        if self.wide { value } else { value & 0xffff_ffff }
+    }
+}
+
+/// What the host may answer at the next run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Pending {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A load's data, or an external abort.
+    Load(Access),
+    /// That a store is done, or an external abort.
+    Store,
+    /// A system register's value, or an undefined instruction.
+    SysregRead {
+        /// The general register.
+        rt: u8,
+    },
+    /// That a system register is written, or an undefined instruction.
+    SysregWrite,
+    /// A hypercall's results.
+    Hypercall,
+}
+
+/// An exception that the guest takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Injection {
+    /// Undefined Instruction (EC 0).
+    Undefined,
+    /// Synchronous external abort on a data access or a fetch.
+    ExternalAbort {
+        /// On an instruction fetch.
+        fetch: bool,
+    },
+}
+
+/// What to do about an exit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Report it to the host. `step` moves the PC on at once.
+    Exit {
+        /// What the host sees.
+        exit: Exit,
+        /// What it may answer.
+        pending: Pending,
+        /// Step over the instruction now.
+        step: bool,
+    },
+    /// HVC or SMC: see [`crate::vm`].
+    Hypercall,
+    /// Answer a read of an ID register, then step.
+    IdRead(SysregAccess),
+    /// Emulate a debug register, then step.
+    Debug(SysregAccess),
+    /// A read gives this value, a write is ignored; then step.
+    Fixed {
+        /// The access.
+        access: SysregAccess,
+        /// What a read gives.
+        value: u64,
+    },
+    /// Step over the instruction.
+    Skip,
+    /// Give the guest an exception.
+    Inject(Injection),
+}
+
+/// A synchronous exit as the hardware reports it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Syndrome {
+    /// `ESR_EL2` (or `ESR_EL3`, for what traps there).
+    pub esr: u64,
+    /// The faulting IPA with its low 12 bits from `FAR_EL2`; for aborts.
+    pub ipa: Ipa,
+    /// The guest was at EL1 (not EL0).
+    pub privileged: bool,
+}
+
+impl Syndrome {
+    /// The exception class.
+    #[must_use]
+    pub const fn ec(&self) -> u64 {
+        self.esr >> EC_SHIFT & 0x3f
+    }
+}
+
+/// `ICC_SRE_EL1` as a guest sees it: SRE, DFB, DIB (the system register
+/// interface, always).
+const ICC_SRE: u64 = 0b111;
+
+/// Decides about a synchronous exit.
+///
+/// `x` are the guest's general registers, `is_ram` says whether the page at an
+/// IPA is declared RAM, `ipa_bits` is the size of the guest's address space.
+#[must_use]
+pub fn decide(
+    s: &Syndrome,
+    x: &[u64; 31],
+    ipa_bits: u64,
+    is_ram: impl FnOnce(Ipa) -> bool,
+) -> Action {
+    let base = Exit { mode: u64::from(s.privileged), ..Exit::default() };
+    match s.ec() {
+        ec::WFX => {
+            let esr = ec::WFX << EC_SHIFT | IL | s.esr & WFX_IS_WFE;
+            let exit = Exit { class: ExitClass::Wfx, esr, ..base };
+            Action::Exit { exit, pending: Pending::Nothing, step: true }
+        }
+        ec::HVC64 | ec::SMC64 if s.privileged => Action::Hypercall,
+        ec::SYSREG => decide_sysreg(s, x, base),
+        ec::DATA_ABORT | ec::INSTRUCTION_ABORT => decide_abort(s, x, ipa_bits, is_ram, base),
+        // A feature that the guest was not offered.
+        _ => Action::Inject(Injection::Undefined),
+    }
+}
+
+fn decide_sysreg(s: &Syndrome, x: &[u64; 31], base: Exit) -> Action {
+    let access = SysregAccess::decode(s.esr);
+    if access.op0() == 2 {
+        return Action::Debug(access);
+    }
+    if access.is_id() && access.read {
+        return Action::IdRead(access);
+    }
+    let forward = || {
+        let esr = s.esr & !(31 << 5);
+        if access.read {
+            let exit = Exit { class: ExitClass::SysregRead, esr, ..base };
+            Action::Exit { exit, pending: Pending::SysregRead { rt: access.rt }, step: false }
+        } else {
+            let data = read_register(x, access.rt);
+            let exit = Exit { class: ExitClass::SysregWrite, esr, data, ..base };
+            Action::Exit { exit, pending: Pending::SysregWrite, step: false }
+        }
+    };
+    match access.register {
+        reg::ICC_SGI1R_EL1 | reg::ICC_ASGI1R_EL1 | reg::ICC_SGI0R_EL1 if !access.read => forward(),
+        reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 => forward(),
+        reg::ICC_SRE_EL1 => Action::Fixed { access, value: ICC_SRE },
+        reg::ACTLR_EL1 => Action::Fixed { access, value: 0 },
+        _ => Action::Inject(Injection::Undefined),
+    }
+}
+
+fn decide_abort(
+    s: &Syndrome,
+    x: &[u64; 31],
+    ipa_bits: u64,
+    is_ram: impl FnOnce(Ipa) -> bool,
+    base: Exit,
+) -> Action {
+    let fetch = s.ec() == ec::INSTRUCTION_ABORT;
+    let abort = Action::Inject(Injection::ExternalAbort { fetch });
+    let stage2 = matches!(s.esr & FSC_TYPE, FSC_TRANSLATION | FSC_PERMISSION | FSC_ACCESS_FLAG);
+    if !stage2 || s.ipa.0 >> ipa_bits != 0 {
+        return abort;
+    }
+    if is_ram(s.ipa.page()) {
+        // A walk of stage-1 tables counts as a read: what it would write is
+        // the hardware's access flag, which a page mapped RWX permits.
+        let write = !fetch && s.esr & WNR != 0 && s.esr & (S1PTW | CM) == 0;
+        let wnr = if write { WNR } else { 0 };
+        let exit = Exit {
+            class: ExitClass::Fault,
+            esr: s.ec() << EC_SHIFT | IL | wnr | FSC_TRANSLATION_L3,
+            ipa: s.ipa.page().0,
+            ..base
+        };
+        return Action::Exit { exit, pending: Pending::Nothing, step: false };
+    }
+    if fetch || s.esr & S1PTW != 0 {
+        return abort;
+    }
+    if s.esr & CM != 0 {
+        // Cache maintenance of what is not memory.
+        return Action::Skip;
+    }
+    let Some(access) = Access::decode(s.esr) else {
+        return abort;
+    };
+    let exit = Exit { esr: s.esr & MMIO_ESR, ipa: s.ipa.0, ..base };
+    if access.write {
+        let data = access.stored(read_register(x, access.rt));
+        let exit = Exit { class: ExitClass::MmioWrite, data, ..exit };
+        Action::Exit { exit, pending: Pending::Store, step: false }
+    } else {
+        let exit = Exit { class: ExitClass::MmioRead, ..exit };
+        Action::Exit { exit, pending: Pending::Load(access), step: false }
+    }
+}
+
+/// The exit that hands a PSCI call to the host.
+#[must_use]
+pub fn hypercall_exit(x: &[u64; 31]) -> Exit {
+    Exit {
+        class: ExitClass::Hvc,
+        esr: ec::HVC64 << EC_SHIFT | IL,
+        gpr: [x[0], x[1], x[2], x[3]],
+        mode: 1,
+        ..Exit::default()
+    }
+}
+
+/// What an answer does to the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Answer {
+    /// Nothing: the instruction, if one is pending, is tried again.
+    Nothing,
+    /// Sets a register and steps.
+    Set {
+        /// The general register, 31 for none.
+        rt: u8,
+        /// Its value.
+        value: u64,
+    },
+    /// Sets `x0` to `x3`; the PC is behind the call already.
+    Results([u64; 4]),
+    /// An exception.
+    Inject(Injection),
+}
+
+/// Checks what the host answers against what it may answer.
+///
+/// # Errors
+/// [`Error::Invalid`] for unknown or several answers, or one that the last exit
+/// does not allow (T08, T09).
+pub fn answer(pending: Pending, entry: &Entry) -> Result<Answer, Error> {
+    let flags = entry.flags.0;
+    if flags & !EntryFlags::ALL != 0 {
+        return Err(Error::Invalid);
+    }
+    let abort = Injection::ExternalAbort { fetch: false };
+    match (flags & EntryFlags::ANSWERS, pending) {
+        (0, _) => Ok(Answer::Nothing),
+        (EntryFlags::COMPLETE, Pending::Load(access)) => {
+            Ok(Answer::Set { rt: access.rt, value: access.loaded(entry.data) })
+        }
+        (EntryFlags::COMPLETE, Pending::SysregRead { rt }) => {
+            Ok(Answer::Set { rt, value: entry.data })
+        }
+        (EntryFlags::COMPLETE, Pending::Store | Pending::SysregWrite) => {
+            Ok(Answer::Set { rt: 31, value: 0 })
+        }
+        (EntryFlags::COMPLETE, Pending::Hypercall) => Ok(Answer::Results(entry.gpr)),
+        (EntryFlags::INJECT_SEA, Pending::Load(_) | Pending::Store) => Ok(Answer::Inject(abort)),
+        (EntryFlags::INJECT_UNDEF, Pending::SysregRead { .. } | Pending::SysregWrite) => {
+            Ok(Answer::Inject(Injection::Undefined))
+        }
+        _ => Err(Error::Invalid),
+    }
+}

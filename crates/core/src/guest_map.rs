@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A VM's stage-2 tables and the pool of pages they are made of. The VM's lock
+//! protects both.
+
+use havmsi_abi::PAGE_SIZE;
+
+use crate::addr::{Ipa, Pa};
+use crate::hw::Hardware;
+use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
+use crate::stage2::{
+    self, Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, ROOT_ENTRIES, level1_index,
+    level2_index, level3_index,
+};
+
+/// Spare table pages, zeroed and owned as [`Owner::Table`], as a list that runs
+/// through their first words.
+#[derive(Debug, Default)]
+struct Pool {
+    head: Option<Pa>,
+    len: u64,
+}
+
+impl Pool {
+    fn push(&mut self, hw: &impl Hardware, page: Pa) {
+        hw.write_entry(page, 0, self.head.map_or(0, |p| p.0));
+        self.head = Some(page);
+        self.len += 1;
+    }
+
+    fn pop(&mut self, hw: &impl Hardware) -> Option<Pa> {
+        let page = self.head?;
+        let next = hw.read_entry(page, 0);
+        hw.write_entry(page, 0, 0);
+        self.head = (next != 0).then_some(Pa(next));
+        self.len = self.len.saturating_sub(1);
+        Some(page)
+    }
+}
+
+/// The stage-2 of one VM.
+#[derive(Debug)]
+pub struct GuestMap {
+    slot: VmSlot,
+    root: Pa,
+    pool: Pool,
+    /// Where the teardown goes on.
+    cursor: u64,
+}
+
+/// What one step of a teardown did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// There is more to do.
+    More,
+    /// Nothing is left.
+    Done,
+}
+
+impl GuestMap {
+    /// The map of the VM in `slot`, empty. `root` is two zeroed pages at an
+    /// 8 KiB boundary in the carve-out.
+    #[must_use]
+    pub const fn new(slot: VmSlot, root: Pa) -> Self {
+        Self { slot, root, pool: Pool { head: None, len: 0 }, cursor: 0 }
+    }
+
+    /// `VTTBR_EL2` of this map.
+    #[must_use]
+    pub const fn vttbr(&self) -> u64 {
+        stage2::vttbr(self.root, self.slot.vmid())
+    }
+
+    /// Spare table pages.
+    #[must_use]
+    pub const fn pool_len(&self) -> u64 {
+        self.pool.len
+    }
+
+    /// Takes a clean page as table memory.
+    pub fn add_to_pool(&mut self, hw: &impl Hardware, pages: &Pages<'_>, page: Page<Clean>) {
+        let pa = page.pa();
+        pages.settle(page, Owner::Table(self.slot));
+        self.pool.push(hw, pa);
+    }
+
+    /// Looks for the level 3 entry of `ipa`: its table, or how many tables miss.
+    fn find(&self, hw: &impl Hardware, ipa: Ipa) -> Result<Pa, u64> {
+        let mut table = self.root;
+        for (slot, missing) in [(level1_index(ipa), 2), (level2_index(ipa), 1)] {
+            let entry = Entry(hw.read_entry(table, slot));
+            if !entry.is_valid() {
+                return Err(missing);
+            }
+            table = entry.address();
+        }
+        Ok(table)
+    }
+
+    /// Whether a page can be mapped at `ipa` now. Checked before the page is
+    /// touched, so that a refused call has changed nothing.
+    ///
+    /// # Errors
+    /// [`MapError::Taken`] if `ipa` is mapped, [`MapError::Tables`] if the pool is short.
+    pub fn check(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(), MapError> {
+        match self.find(hw, ipa) {
+            Ok(table) if Entry(hw.read_entry(table, level3_index(ipa))).is_valid() => {
+                Err(MapError::Taken)
+            }
+            Err(missing) if missing > self.pool.len => {
+                Err(MapError::Tables(missing - self.pool.len))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes a leaf for an `ipa` that [`Self::check`] found free. From invalid
+    /// to valid, so no TLB holds anything for it.
+    fn insert(&mut self, hw: &impl Hardware, ipa: Ipa, leaf: Entry) -> Result<(), MapError> {
+        self.check(hw, ipa)?;
+        let mut table = self.root;
+        for slot in [level1_index(ipa), level2_index(ipa)] {
+            let entry = Entry(hw.read_entry(table, slot));
+            table = if entry.is_valid() {
+                entry.address()
+            } else {
+                let next = self.pool.pop(hw).ok_or(MapError::Tables(1))?;
+                hw.write_entry(table, slot, Entry::table(next).0);
+                next
+            };
+        }
+        hw.write_entry(table, level3_index(ipa), leaf.0);
+        Ok(())
+    }
+
+    /// Gives a clean page to the VM at `ipa` (I4: the token is used up, so the
+    /// page can't be mapped a second time).
+    ///
+    /// # Errors
+    /// As [`Self::check`], with the page handed back.
+    pub fn map(
+        &mut self,
+        hw: &impl Hardware,
+        pages: &Pages<'_>,
+        ipa: Ipa,
+        page: Page<Clean>,
+    ) -> Result<(), (Page<Clean>, MapError)> {
+        match self.insert(hw, ipa, Entry::page(page.pa(), Attributes::Memory)) {
+            Ok(()) => {
+                pages.settle(page, Owner::Private(self.slot));
+                Ok(())
+            }
+            Err(error) => Err((page, error)),
+        }
+    }
+
+    /// Maps a device page; the caller has checked that the VM may have it.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn map_device(&mut self, hw: &impl Hardware, ipa: Ipa, pa: Pa) -> Result<(), MapError> {
+        self.insert(hw, ipa, Entry::page(pa, Attributes::Device))
+    }
+
+    /// Takes the page at `ipa` out of the map and of all TLBs; `None` if there
+    /// is none. A device page is only unmapped.
+    pub fn unmap(
+        &mut self,
+        hw: &impl Hardware,
+        pages: &Pages<'_>,
+        ipa: Ipa,
+    ) -> Option<Page<Isolated>> {
+        let table = self.find(hw, ipa).ok()?;
+        let slot = level3_index(ipa);
+        let entry = Entry(hw.read_entry(table, slot));
+        if !entry.is_valid() {
+            return None;
+        }
+        hw.write_entry(table, slot, Entry::INVALID.0);
+        hw.invalidate_guest(self.vttbr(), ipa);
+        // What a leaf of this map names is this VM's, or a device page.
+        let page = pages.claim(entry.address(), Owner::Private(self.slot)).ok()?;
+        Some(page.isolated())
+    }
+
+    /// Starts a teardown: no vCPU of the VM runs, and none will until it is
+    /// done. From here on no TLB holds anything of this map (I6), and nothing
+    /// can come in, as no CPU has its root.
+    pub fn begin_teardown(&mut self, hw: &impl Hardware) {
+        hw.invalidate_guest_all(self.vttbr());
+        self.cursor = 0;
+    }
+
+    /// One step of a teardown: hands at most `budget` pages to `give_back`,
+    /// wiped there; looks at no more than one table of each level.
+    pub fn teardown(
+        &mut self,
+        hw: &impl Hardware,
+        pages: &Pages<'_>,
+        budget: u64,
+        mut give_back: impl FnMut(Page<Isolated>),
+    ) -> Step {
+        let Some((level1, level2)) = self.next_table(hw) else {
+            return Step::Done;
+        };
+        let ipa = Ipa(self.cursor);
+        let parent = Entry(hw.read_entry(level2, level2_index(ipa))).address();
+        let mut left = budget;
+        let start = level3_index(ipa);
+        for slot in start..ENTRIES {
+            let entry = Entry(hw.read_entry(parent, slot));
+            if !entry.is_valid() {
+                continue;
+            }
+            if left == 0 {
+                self.cursor = ipa.0 + (slot - start) as u64 * PAGE_SIZE;
+                return Step::More;
+            }
+            left -= 1;
+            hw.write_entry(parent, slot, Entry::INVALID.0);
+            if let Ok(page) = pages.claim(entry.address(), Owner::Private(self.slot)) {
+                give_back(page.isolated());
+            }
+        }
+        // The level 3 table is empty.
+        hw.write_entry(level2, level2_index(ipa), Entry::INVALID.0);
+        self.pool.push(hw, parent);
+        self.cursor = (ipa.0 / LEVEL2_SIZE + 1) * LEVEL2_SIZE;
+        if self.cursor.is_multiple_of(LEVEL1_SIZE) {
+            self.free_level2(hw, level1);
+        }
+        Step::More
+    }
+
+    /// Moves the cursor to the next level 3 table; frees the empty level 2
+    /// tables on the way. Returns the level 1 slot and the level 2 table.
+    fn next_table(&mut self, hw: &impl Hardware) -> Option<(usize, Pa)> {
+        let end = ROOT_ENTRIES as u64 * LEVEL1_SIZE;
+        while self.cursor < end {
+            let level1 = level1_index(Ipa(self.cursor));
+            let entry = Entry(hw.read_entry(self.root, level1));
+            if entry.is_valid() {
+                let level2 = entry.address();
+                for slot in level2_index(Ipa(self.cursor))..ENTRIES {
+                    if Entry(hw.read_entry(level2, slot)).is_valid() {
+                        let base = level1 as u64 * LEVEL1_SIZE + slot as u64 * LEVEL2_SIZE;
+                        self.cursor = self.cursor.max(base);
+                        return Some((level1, level2));
+                    }
+                }
+                self.free_level2(hw, level1);
+            }
+            self.cursor = (level1 as u64 + 1) * LEVEL1_SIZE;
+        }
+        None
+    }
+
+    fn free_level2(&mut self, hw: &impl Hardware, level1: usize) {
+        let entry = Entry(hw.read_entry(self.root, level1));
+        if entry.is_valid() {
+            hw.write_entry(self.root, level1, Entry::INVALID.0);
+            self.pool.push(hw, entry.address());
+        }
+    }
+
+    /// After a teardown: takes one page out of the pool, to go back to the host.
+    pub fn take_from_pool(
+        &mut self,
+        hw: &impl Hardware,
+        pages: &Pages<'_>,
+    ) -> Option<Page<Isolated>> {
+        let pa = self.pool.pop(hw)?;
+        // No stage-2 ever shows a table.
+        let page = pages.claim(pa, Owner::Table(self.slot)).ok()?;
+        Some(page.isolated())
+    }
+}
+
+/// Why nothing could be mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapError {
+    /// Something is mapped there.
+    Taken,
+    /// That many pages are missing in the pool.
+    Tables(u64),
+}

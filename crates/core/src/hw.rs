@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the decisions need of the hardware.
+
+use crate::addr::{Ipa, Pa};
+
+/// Physical memory and TLBs, as the monitor sees them.
+///
+/// The addresses handed in are pages that the ownership table gave to the
+/// monitor, or that are in motion (claimed) while the call lasts.
+pub trait Hardware {
+    /// Reads a translation table entry.
+    fn read_entry(&self, table: Pa, index: usize) -> u64;
+
+    /// Writes a translation table entry with 64-bit single-copy atomicity and
+    /// makes it observable to the table walkers of all CPUs (DSB ISHST).
+    fn write_entry(&self, table: Pa, index: usize, value: u64);
+
+    /// Fills a page with zeros and cleans and invalidates it to the point of
+    /// coherency, for readers whose MMU or caches are off.
+    fn zero_page(&self, page: Pa);
+
+    /// Copies a page out after cleaning and invalidating it to the point of
+    /// coherency: the copy is what a reader with caches off sees as well.
+    fn copy_page(&self, page: Pa, to: &mut [u8; 4096]);
+
+    /// Makes instruction fetches of all CPUs see what memory holds.
+    fn invalidate_icache(&self);
+
+    /// Removes what any TLB holds for `ipa` in the host's stage-2, the
+    /// combined stage-1 and stage-2 entries included.
+    fn invalidate_host(&self, ipa: Ipa);
+
+    /// The same for the stage-2 whose `VTTBR_EL2` is given.
+    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa);
+
+    /// Removes all that any TLB holds for the stage-2 whose `VTTBR_EL2` is given.
+    fn invalidate_guest_all(&self, vttbr: u64);
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Exceptions that the monitor makes EL1 take, as if the hardware had
+//! (Arm ARM D1.3, pseudocode `AArch64.TakeException`).
+
+/// PSTATE as SPSR_ELx holds it.
+pub mod spsr {
+    /// M[3:0] and M[4] (AArch32).
+    pub const MODE: u64 = 0x1f;
+    /// EL1 with its own stack pointer.
+    pub const EL1H: u64 = 0b0101;
+    /// EL2 with its own stack pointer.
+    pub const EL2H: u64 = 0b1001;
+    /// All of D, A, I, F masked.
+    pub const DAIF: u64 = 0xf << 6;
+    /// Speculative store bypass safe.
+    pub const SSBS: u64 = 1 << 12;
+    /// Privileged access never.
+    pub const PAN: u64 = 1 << 22;
+    /// Data independent timing.
+    pub const DIT: u64 = 1 << 24;
+    /// Condition flags.
+    pub const NZCV: u64 = 0xf << 28;
+}
+
+/// SCTLR_EL1: PAN is left alone on exceptions; SSBS after an exception.
+const SCTLR_SPAN: u64 = 1 << 23;
+const SCTLR_DSSBS: u64 = 1 << 44;
+
+/// ESR: 32-bit instruction.
+const IL: u64 = 1 << 25;
+const EC_SHIFT: u32 = 26;
+/// Exception classes of aborts from a lower level; from the same level: one more.
+const EC_INSTRUCTION_ABORT: u64 = 0x20;
+const EC_DATA_ABORT: u64 = 0x24;
+/// ESR: synchronous external abort, not on a table walk.
+const FSC_EXTERNAL: u64 = 0x10;
+/// Of a data abort's syndrome, what is EL1's too: cache maintenance, write.
+const ISS_CM_WNR: u64 = 1 << 8 | 1 << 6;
+
+/// Where EL1 goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entry {
+    /// Its program counter.
+    pub pc: u64,
+    /// Its PSTATE.
+    pub pstate: u64,
+}
+
+/// Entry into EL1's synchronous vector from `pstate`.
+#[must_use]
+pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> Entry {
+    let offset = match pstate & spsr::MODE {
+        0b0000 => 0x400,
+        0b0100 => 0,
+        0b0101 => 0x200,
+        _ => 0x600,
+    };
+    let mut kept = spsr::NZCV | spsr::DIT | spsr::PAN;
+    if pstate & (1 << 4) != 0 {
+        // AArch32 has DIT elsewhere, and GE flags.
+        kept = spsr::NZCV | spsr::PAN;
+    }
+    let mut new = pstate & kept | spsr::EL1H | spsr::DAIF;
+    if sctlr_el1 & SCTLR_SPAN == 0 {
+        new |= spsr::PAN;
+    }
+    if sctlr_el1 & SCTLR_DSSBS != 0 {
+        new |= spsr::SSBS;
+    }
+    Entry { pc: vbar_el1 + offset, pstate: new }
+}
+
+/// `ESR_EL1` of an undefined instruction.
+#[must_use]
+pub const fn undefined() -> u64 {
+    IL
+}
+
+/// `ESR_EL1` of a synchronous external abort, for a stage-2 abort with this
+/// `ESR_EL2`, taken in `pstate`. `FAR_EL1` is valid.
+#[must_use]
+pub const fn external_abort(esr_el2: u64, pstate: u64) -> u64 {
+    let same = (pstate & spsr::MODE != 0 && pstate & (1 << 4) == 0) as u64;
+    let data = esr_el2 >> EC_SHIFT == EC_DATA_ABORT;
+    let class = if data { EC_DATA_ABORT } else { EC_INSTRUCTION_ABORT };
+    let iss = if data { esr_el2 & ISS_CM_WNR } else { 0 };
+    (class + same) << EC_SHIFT | esr_el2 & IL | iss | FSC_EXTERNAL
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VBAR: u64 = 0xffff_8000_0001_0000;
+
+    #[test]
+    fn the_vector_is_chosen_by_where_it_came_from() {
+        for (mode, offset) in [(0b00000, 0x400), (0b00100, 0), (0b00101, 0x200), (0b10000, 0x600)] {
+            assert_eq!(synchronous(mode, 0, VBAR).pc, VBAR + offset);
+        }
+    }
+
+    #[test]
+    fn pstate_is_what_the_architecture_makes_it() {
+        let span = SCTLR_SPAN;
+        assert_eq!(synchronous(0, span, VBAR).pstate, 0x3c5);
+        assert_eq!(synchronous(0, 0, VBAR).pstate, 0x3c5 | spsr::PAN);
+        assert_eq!(synchronous(0, span | SCTLR_DSSBS, VBAR).pstate, 0x3c5 | spsr::SSBS);
+        // Single step, IL, BTYPE, UAO, TCO go; flags and DIT stay.
+        let all = !spsr::MODE & !spsr::PAN;
+        assert_eq!(synchronous(all, span, VBAR).pstate, 0x3c5 | spsr::NZCV | spsr::DIT);
+        assert_eq!(synchronous(0x9000_0010, span, VBAR).pstate, 0x9000_03c5);
+    }
+
+    #[test]
+    fn an_abort_keeps_only_what_concerns_el1() {
+        // Write of 8 bytes, translation fault at level 3, syndrome valid.
+        let esr = 0x24 << 26 | 1 << 25 | 1 << 24 | 3 << 22 | 0x45;
+        assert_eq!(external_abort(esr, 0x3c5), 0x25 << 26 | 1 << 25 | 0x50);
+        assert_eq!(external_abort(esr, 0), 0x24 << 26 | 1 << 25 | 0x50);
+        assert_eq!(external_abort(0x20 << 26 | 1 << 25 | 0x87, 0x5), 0x21 << 26 | 1 << 25 | 0x10);
+        assert_eq!(external_abort(0x20 << 26 | 7, 0x10), 0x20 << 26 | 0x10);
+    }
+}

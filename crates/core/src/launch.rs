@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The launch digest: what a VM starts as. It depends on the configuration and
+//! the non-zero pages alone, so the VM's owner can compute it beforehand.
+//!
+//! ```text
+//! digest = SHA-256( "HA-VMSI launch 1"
+//!                 ‖ ipa_bits ‖ gic ‖ max_vcpus ‖ number of RAM ranges
+//!                 ‖ (base ‖ size) of each RAM range, by base
+//!                 ‖ (idx ‖ pc ‖ x0 ‖ x1 ‖ x2 ‖ x3) of each vCPU that is on, by idx
+//!                 ‖ SHA-256( (IPA ‖ 4096 bytes) of each non-zero page, by IPA ) )
+//! ```
+//! with every number as 8 bytes, little endian.
+
+use havmsi_abi::Error;
+use sha2::{Digest as _, Sha256};
+
+use crate::addr::Ipa;
+use crate::ram::Range;
+
+/// A launch digest.
+pub type Digest = [u8; 32];
+
+/// Where a vCPU starts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Boot {
+    /// Entry point, an IPA (the MMU is off).
+    pub pc: u64,
+    /// `x0` to `x3`.
+    pub x: [u64; 4],
+}
+
+/// The configuration of a VM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Config {
+    /// Bits of the guest's physical address space.
+    pub ipa_bits: u64,
+    /// 0, 2 or 3.
+    pub gic: u64,
+    /// vCPUs that the VM can have.
+    pub max_vcpus: u64,
+}
+
+/// The pages measured so far.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    pages: Sha256,
+    /// First IPA that may come next.
+    next: u64,
+}
+
+impl Default for Launch {
+    fn default() -> Self {
+        Self { pages: Sha256::new(), next: 0 }
+    }
+}
+
+impl Launch {
+    /// Whether a page at `ipa` may come next: pages come in rising order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if not.
+    pub fn check(&self, ipa: Ipa) -> Result<(), Error> {
+        if ipa.0 >= self.next { Ok(()) } else { Err(Error::Invalid) }
+    }
+
+    /// Adds a page that [`Self::check`] let in.
+    pub fn add_page(&mut self, ipa: Ipa, content: &[u8; 4096]) {
+        self.next = ipa.0.saturating_add(havmsi_abi::PAGE_SIZE);
+        if content.iter().any(|b| *b != 0) {
+            self.pages.update(ipa.0.to_le_bytes());
+            self.pages.update(content);
+        }
+    }
+
+    /// Closes the launch.
+    pub fn digest<'a>(
+        &self,
+        config: &Config,
+        ram: impl Iterator<Item = &'a Range> + Clone,
+        boots: impl Iterator<Item = (u64, Boot)>,
+    ) -> Digest {
+        let mut hash = Sha256::new();
+        hash.update(b"HA-VMSI launch 1");
+        let mut number = |n: u64| hash.update(n.to_le_bytes());
+        number(config.ipa_bits);
+        number(config.gic);
+        number(config.max_vcpus);
+        number(ram.clone().count() as u64);
+        for range in ram {
+            number(range.base);
+            number(range.size);
+        }
+        for (idx, boot) in boots {
+            number(idx);
+            number(boot.pc);
+            boot.x.into_iter().for_each(&mut number);
+        }
+        hash.update(self.pages.clone().finalize());
+        hash.finalize().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: Config = Config { ipa_bits: 40, gic: 3, max_vcpus: 2 };
+    const RAM: [Range; 1] = [Range { base: 0x4000_0000, size: 0x1000_0000 }];
+    const BOOT: Boot = Boot { pc: 0x4000_0000, x: [0; 4] };
+
+    fn digest(launch: &Launch) -> Digest {
+        launch.digest(&CONFIG, RAM.iter(), core::iter::once((0, BOOT)))
+    }
+
+    #[test]
+    fn zero_pages_do_not_count_but_their_order_does() {
+        let mut launch = Launch::default();
+        let empty = digest(&launch);
+        launch.add_page(Ipa(0x4000_0000), &[0; 4096]);
+        assert_eq!(digest(&launch), empty);
+        assert_eq!(launch.check(Ipa(0x4000_0000)), Err(Error::Invalid));
+        assert_eq!(launch.check(Ipa(0x4000_1000)), Ok(()));
+    }
+
+    #[test]
+    fn everything_measured_changes_the_digest() {
+        let mut page = [0; 4096];
+        page[4095] = 1;
+        let mut a = Launch::default();
+        a.add_page(Ipa(0x4000_0000), &page);
+        let mut b = Launch::default();
+        b.add_page(Ipa(0x4000_1000), &page);
+        page[4095] = 2;
+        let mut c = Launch::default();
+        c.add_page(Ipa(0x4000_0000), &page);
+        let once = |idx, boot| core::iter::once((idx, boot));
+        let other_boot = Boot { x: [1, 0, 0, 0], ..BOOT };
+        let all = [
+            digest(&Launch::default()),
+            digest(&a),
+            digest(&b),
+            digest(&c),
+            a.digest(&Config { max_vcpus: 3, ..CONFIG }, RAM.iter(), once(0, BOOT)),
+            a.digest(&Config { gic: 2, ..CONFIG }, RAM.iter(), once(0, BOOT)),
+            a.digest(&Config { ipa_bits: 39, ..CONFIG }, RAM.iter(), once(0, BOOT)),
+            a.digest(&CONFIG, [].iter(), once(0, BOOT)),
+            a.digest(&CONFIG, RAM.iter(), once(1, BOOT)),
+            a.digest(&CONFIG, RAM.iter(), once(0, other_boot)),
+        ];
+        for (i, x) in all.iter().enumerate() {
+            assert!(all.iter().skip(i + 1).all(|y| x != y), "digest {i} repeats");
+        }
+    }
+}

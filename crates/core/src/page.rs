@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Who owns which page (I1), as one record a page at rest and as a token while
+//! a page is in motion.
+//!
+//! A page changes hands in these steps, and the types allow no other order:
+//!
+//! ```text
+//! Pages::claim ─► Page<Claimed> ─► HostMap::hide / GuestMap::unmap ─► Page<Isolated>
+//!   (record: Moving)                (no map, no TLB shows it: I6)        │
+//!                        scrub (zeroed: I5, I7) or measure (hashed)      ▼
+//! Pages::settle ◄──────────────────────────────────────────────────  Page<Clean>
+//! ```
+//!
+//! The record is the page's lock: whoever turned it into `Moving` is alone.
+
+use core::marker::PhantomData;
+use core::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+
+use havmsi_abi::Error;
+
+use crate::addr::Pa;
+use crate::hw::Hardware;
+use crate::ram::Ram;
+
+/// The slot of a VM; its VMID is one more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VmSlot(pub u8);
+
+impl VmSlot {
+    /// The VMID; 0 is the host's.
+    #[must_use]
+    pub const fn vmid(self) -> u64 {
+        self.0 as u64 + 1
+    }
+}
+
+/// The owner and use of a page at rest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Owner {
+    /// The monitor's from reset; never changes. Also what a record says that
+    /// nobody wrote.
+    Monitor,
+    /// The host's.
+    Host,
+    /// The host's, lent to the monitor as the run page of a vCPU of this VM:
+    /// mapped for the host, but not to be given to anyone.
+    RunPage(VmSlot),
+    /// Table memory, in use or spare, of this VM; the monitor's.
+    Table(VmSlot),
+    /// Private memory of this VM.
+    Private(VmSlot),
+}
+
+const MOVING: u16 = 0xffff;
+
+impl Owner {
+    const fn encode(self) -> u16 {
+        match self {
+            Self::Monitor => 0,
+            Self::Host => 1 << 8,
+            Self::RunPage(vm) => 2 << 8 | vm.0 as u16,
+            Self::Table(vm) => 3 << 8 | vm.0 as u16,
+            Self::Private(vm) => 4 << 8 | vm.0 as u16,
+        }
+    }
+
+    const fn decode(record: u16) -> Option<Self> {
+        let [vm, kind] = record.to_le_bytes();
+        match kind {
+            0 => Some(Self::Monitor),
+            1 => Some(Self::Host),
+            2 => Some(Self::RunPage(VmSlot(vm))),
+            3 => Some(Self::Table(VmSlot(vm))),
+            4 => Some(Self::Private(VmSlot(vm))),
+            _ => None,
+        }
+    }
+}
+
+/// Token state: the record says `Moving`, maps may still show the page.
+#[derive(Debug)]
+pub struct Claimed;
+/// Token state: no stage-2 and no TLB shows the page.
+#[derive(Debug)]
+pub struct Isolated;
+/// Token state: isolated, and its content is zero or measured.
+#[derive(Debug)]
+pub struct Clean;
+
+/// A page in motion. Exactly one token exists for a record that says `Moving`.
+#[derive(Debug)]
+#[must_use = "a page in motion has no owner until it is settled"]
+pub struct Page<S> {
+    pa: Pa,
+    was: Owner,
+    state: PhantomData<S>,
+}
+
+impl<S> Page<S> {
+    /// Where the page is.
+    #[must_use]
+    pub const fn pa(&self) -> Pa {
+        self.pa
+    }
+
+    fn into_state<T>(self) -> Page<T> {
+        Page { pa: self.pa, was: self.was, state: PhantomData }
+    }
+}
+
+impl Page<Claimed> {
+    /// Called by the maps once the page is in none of them, TLBs included.
+    pub(crate) fn isolated(self) -> Page<Isolated> {
+        self.into_state()
+    }
+}
+
+impl Page<Isolated> {
+    /// Wipes the page.
+    pub fn scrub(self, hw: &impl Hardware) -> Page<Clean> {
+        hw.zero_page(self.pa);
+        self.into_state()
+    }
+
+    /// Takes the page's content out to be hashed. Nobody can change it any more.
+    pub fn measure(self, hw: &impl Hardware, content: &mut [u8; 4096]) -> Page<Clean> {
+        hw.copy_page(self.pa, content);
+        self.into_state()
+    }
+}
+
+/// The ownership records of all RAM.
+pub struct Pages<'a> {
+    ram: Ram,
+    records: &'a [AtomicU16],
+    private: AtomicU64,
+    table: AtomicU64,
+}
+
+impl<'a> Pages<'a> {
+    /// Records for `ram`; all say [`Owner::Monitor`] until [`Self::give_to_host`].
+    ///
+    /// `None` if there are fewer records than pages.
+    #[must_use]
+    pub fn new(ram: Ram, records: &'a [AtomicU16]) -> Option<Self> {
+        (records.len() as u64 >= ram.page_count()).then_some(Self {
+            ram,
+            records,
+            private: AtomicU64::new(0),
+            table: AtomicU64::new(0),
+        })
+    }
+
+    /// The RAM that is recorded.
+    #[must_use]
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// At boot, before the host runs: the page is the host's.
+    pub fn give_to_host(&self, pa: Pa) {
+        if let Some(record) = self.record(pa) {
+            record.store(Owner::Host.encode(), Ordering::Relaxed);
+        }
+    }
+
+    fn record(&self, pa: Pa) -> Option<&AtomicU16> {
+        self.records.get(self.ram.page_index(pa)?)
+    }
+
+    /// The owner of a page; `None` if it is no RAM or in motion.
+    #[must_use]
+    pub fn owner(&self, pa: Pa) -> Option<Owner> {
+        Owner::decode(self.record(pa)?.load(Ordering::Acquire))
+    }
+
+    /// Takes the page out of its owner's hands.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] if it is not RAM or not `owner`'s, [`Error::Again`] if
+    /// another CPU has it in motion.
+    pub fn claim(&self, pa: Pa, owner: Owner) -> Result<Page<Claimed>, Error> {
+        let record = self.record(pa).ok_or(Error::Denied)?;
+        match record.compare_exchange(owner.encode(), MOVING, Ordering::Acquire, Ordering::Relaxed)
+        {
+            Ok(_) => Ok(Page { pa, was: owner, state: PhantomData }),
+            Err(MOVING) => Err(Error::Again),
+            Err(_) => Err(Error::Denied),
+        }
+    }
+
+    /// Gives a claimed page back to the owner it was taken from; nothing has happened.
+    pub fn unclaim(&self, page: Page<Claimed>) {
+        self.put(page.pa, page.was);
+    }
+
+    /// Lends a host page to the monitor as a run page, or gives it back; it
+    /// stays in the host's map.
+    pub fn relabel(&self, page: Page<Claimed>, owner: Owner) {
+        debug_assert!(matches!(
+            (page.was, owner),
+            (Owner::Host, Owner::RunPage(_)) | (Owner::RunPage(_), Owner::Host)
+        ));
+        self.put(page.pa, owner);
+    }
+
+    /// Gives a clean page to its new owner.
+    pub fn settle(&self, page: Page<Clean>, owner: Owner) {
+        if let Some(counter) = self.counter(page.was) {
+            counter.fetch_sub(1, Ordering::Relaxed);
+        }
+        if let Some(counter) = self.counter(owner) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        self.put(page.pa, owner);
+    }
+
+    fn put(&self, pa: Pa, owner: Owner) {
+        if let Some(record) = self.record(pa) {
+            record.store(owner.encode(), Ordering::Release);
+        }
+    }
+
+    /// Pages of VMs, for statistics; other CPUs may be moving pages meanwhile.
+    #[must_use]
+    pub fn census(&self) -> Census {
+        Census {
+            private: self.private.load(Ordering::Relaxed),
+            table: self.table.load(Ordering::Relaxed),
+        }
+    }
+
+    fn counter(&self, owner: Owner) -> Option<&AtomicU64> {
+        match owner {
+            Owner::Private(_) => Some(&self.private),
+            Owner::Table(_) => Some(&self.table),
+            Owner::Monitor | Owner::Host | Owner::RunPage(_) => None,
+        }
+    }
+}
+
+/// Pages by owner.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Census {
+    /// Table memory of VMs.
+    pub table: u64,
+    /// Private memory of VMs.
+    pub private: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::Range;
+
+    fn records() -> [AtomicU16; 8] {
+        core::array::from_fn(|_| AtomicU16::new(0))
+    }
+
+    fn ram() -> Ram {
+        Ram::new([Range { base: 0x4000_0000, size: 0x8000 }, Range::default()])
+    }
+
+    #[test]
+    fn encoding_round_trips_and_moving_is_no_owner() {
+        for owner in [
+            Owner::Monitor,
+            Owner::Host,
+            Owner::RunPage(VmSlot(127)),
+            Owner::Table(VmSlot(1)),
+            Owner::Private(VmSlot(0)),
+        ] {
+            assert_eq!(Owner::decode(owner.encode()), Some(owner));
+        }
+        assert_eq!(Owner::decode(MOVING), None);
+    }
+
+    #[test]
+    fn too_few_records_are_refused() {
+        let r = records();
+        assert!(Pages::new(ram(), &r[..7]).is_none());
+        assert!(Pages::new(ram(), &r).is_some());
+    }
+
+    #[test]
+    fn a_page_has_one_claimant() {
+        let r = records();
+        let pages = Pages::new(ram(), &r).unwrap();
+        let pa = Pa(0x4000_1000);
+        assert_eq!(pages.claim(pa, Owner::Host).unwrap_err(), Error::Denied);
+        pages.give_to_host(pa);
+        let page = pages.claim(pa, Owner::Host).unwrap();
+        assert_eq!(pages.owner(pa), None);
+        assert_eq!(pages.claim(pa, Owner::Host).unwrap_err(), Error::Again);
+        pages.unclaim(page);
+        assert_eq!(pages.owner(pa), Some(Owner::Host));
+    }
+
+    #[test]
+    fn unrecorded_and_unaligned_addresses_are_denied() {
+        let r = records();
+        let pages = Pages::new(ram(), &r).unwrap();
+        for pa in [0, 0x3fff_f000, 0x4000_8000, 0x4000_0800, u64::MAX] {
+            assert_eq!(pages.claim(Pa(pa), Owner::Host).unwrap_err(), Error::Denied);
+        }
+    }
+
+    #[test]
+    fn another_vms_page_is_not_claimed() {
+        let r = records();
+        let pages = Pages::new(ram(), &r).unwrap();
+        let pa = Pa(0x4000_0000);
+        pages.give_to_host(pa);
+        let page = pages.claim(pa, Owner::Host).unwrap();
+        pages.relabel(page, Owner::RunPage(VmSlot(3)));
+        assert_eq!(pages.claim(pa, Owner::RunPage(VmSlot(4))).unwrap_err(), Error::Denied);
+        assert_eq!(pages.claim(pa, Owner::Host).unwrap_err(), Error::Denied);
+        assert_eq!(pages.census(), Census::default());
+    }
+}

@@ -1,0 +1,633 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A VM's life: created, filled and measured, run, reset, destroyed. One lock
+//! of the caller's protects each [`Vm`]; the order of locks is VM, then host
+//! map.
+//!
+//! ```text
+//! Free ──create──► Open ──activate──► Active
+//!  ▲                ▲ ▲                 │
+//!  │                │ └──── reset ──────┤ (Resetting: a few pages a call)
+//!  └── destroy (Destroying) ◄───────────┘
+//! ```
+
+use havmsi_abi::{Error, MAX_PAGES_PER_CALL, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, PAGE_SIZE};
+
+use crate::addr::{Ipa, Pa, index};
+use crate::guest_map::{GuestMap, MapError, Step};
+use crate::host_map::HostMap;
+use crate::hw::Hardware;
+use crate::launch::{Boot, Config, Digest, Launch};
+use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
+use crate::ram::Range;
+
+/// What a VM's transitions work on.
+pub trait Machine {
+    /// The hardware.
+    type Hw: Hardware;
+    /// The hardware.
+    fn hw(&self) -> &Self::Hw;
+    /// The ownership records.
+    fn pages(&self) -> &Pages<'_>;
+    /// The host's map, locked for the length of `f`.
+    fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R;
+}
+
+/// Takes a page from the host; nothing shows it any more.
+fn take_from_host(m: &impl Machine, pa: Pa) -> Result<Page<Isolated>, Error> {
+    let page = m.pages().claim(pa, Owner::Host)?;
+    m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))
+}
+
+/// Wipes a page and gives it to the host.
+fn wipe_to_host(m: &impl Machine, page: Page<Isolated>) {
+    give_to_host(m, page.scrub(m.hw()));
+}
+
+fn give_to_host(m: &impl Machine, page: Page<Clean>) {
+    m.with_host_map(|map| map.show(m.hw(), m.pages(), page));
+}
+
+/// What a VM can do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Free,
+    Open,
+    Active,
+    Resetting,
+    Destroying,
+}
+
+/// Whether a vCPU may run, as PSCI sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Power {
+    /// Off.
+    Off,
+    /// Turned on by CPU_ON or at launch; starts here at its next run.
+    Pending(Boot),
+    /// On.
+    On,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Vcpu {
+    context: u16,
+    run_page: Pa,
+    power: Power,
+    running: bool,
+    boot: Option<Boot>,
+    /// The vCPU whose CPU_ON the host is carrying out for this one.
+    starting: Option<u8>,
+}
+
+/// What a CPU needs to run a vCPU that [`Vm::enter`] gave to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Run {
+    /// The vCPU's context.
+    pub context: u16,
+    /// The run page.
+    pub run_page: Pa,
+    /// Start from here with all else reset; `None` to go on.
+    pub start: Option<Boot>,
+    /// `VTTBR_EL2`.
+    pub vttbr: u64,
+    /// `CNTVOFF_EL2`.
+    pub cntvoff: u64,
+    /// The model of interrupt controller: 0, 2 or 3.
+    pub gic: u64,
+}
+
+/// One VM.
+pub struct Vm {
+    phase: Phase,
+    slot: VmSlot,
+    generation: u32,
+    config: Config,
+    ram: [Range; MAX_RAM_RANGES],
+    map: GuestMap,
+    launch: Launch,
+    vcpus: [Option<Vcpu>; MAX_VCPUS_PER_VM],
+    running: u32,
+    cntvoff: u64,
+}
+
+/// A VM's handle: generation and slot. Slots are used again, handles are not.
+#[must_use]
+pub fn handle_slot(handle: u64) -> Option<VmSlot> {
+    let slot = (handle & 0xffff).checked_sub(1)?;
+    u8::try_from(slot).ok().filter(|s| usize::from(*s) < havmsi_abi::MAX_VMS).map(VmSlot)
+}
+
+/// The affinity fields of a vCPU's `MPIDR_EL1`: 16 vCPUs a cluster, as KVM
+/// numbers them.
+#[must_use]
+pub const fn mpidr_affinity(idx: u64) -> u64 {
+    idx & 0xf | (idx >> 4 & 0xff) << 8
+}
+
+fn check_page(pa: u64) -> Result<Pa, Error> {
+    if Pa(pa).is_page() { Ok(Pa(pa)) } else { Err(Error::Invalid) }
+}
+
+impl Vm {
+    /// A free slot. `root` is two zeroed pages at an 8 KiB boundary.
+    #[must_use]
+    pub fn new(slot: VmSlot, root: Pa) -> Self {
+        Self {
+            phase: Phase::Free,
+            slot,
+            generation: 0,
+            config: Config::default(),
+            ram: [Range::default(); MAX_RAM_RANGES],
+            map: GuestMap::new(slot, root),
+            launch: Launch::default(),
+            vcpus: [None; MAX_VCPUS_PER_VM],
+            running: 0,
+            cntvoff: 0,
+        }
+    }
+
+    /// The handle of the VM in this slot.
+    #[must_use]
+    pub fn handle(&self) -> u64 {
+        (u64::from(self.generation) << 16) | (u64::from(self.slot.0) + 1)
+    }
+
+    /// Whether the slot holds a VM.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.phase != Phase::Free
+    }
+
+    /// Whether `handle` names the VM in this slot.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if not.
+    pub fn check_handle(&self, handle: u64) -> Result<(), Error> {
+        if self.exists() && self.handle() == handle { Ok(()) } else { Err(Error::Invalid) }
+    }
+
+    /// Makes a VM in a free slot; gives its handle.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if the slot is taken, [`Error::Invalid`] for a bad configuration.
+    pub fn create(&mut self, config: Config, cntvoff: u64) -> Result<u64, Error> {
+        if self.phase != Phase::Free {
+            return Err(Error::Busy);
+        }
+        let vcpus = 1..=MAX_VCPUS_PER_VM as u64;
+        let bits = havmsi_abi::MIN_IPA_BITS..=havmsi_abi::MAX_IPA_BITS;
+        if !vcpus.contains(&config.max_vcpus)
+            || !bits.contains(&config.ipa_bits)
+            || !matches!(config.gic, 0 | 2 | 3)
+        {
+            return Err(Error::Invalid);
+        }
+        // After 2^32 VMs in one slot a stale handle could name a new VM.
+        self.generation = self.generation.wrapping_add(1);
+        self.phase = Phase::Open;
+        self.config = config;
+        self.cntvoff = cntvoff;
+        Ok(self.handle())
+    }
+
+    fn in_phase(&self, phase: Phase) -> Result<(), Error> {
+        if self.phase == phase { Ok(()) } else { Err(Error::State) }
+    }
+
+    /// Declares RAM. The same range twice is no error.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is malformed or overlaps, [`Error::State`] after
+    /// activation, [`Error::NoMemory`] if there are too many.
+    pub fn add_ram(&mut self, ipa: u64, size: u64) -> Result<(), Error> {
+        self.in_phase(Phase::Open)?;
+        let range = Range { base: ipa, size };
+        let space = Range { base: 0, size: 1 << self.config.ipa_bits };
+        if size == 0 || !Ipa(ipa).is_page() || !Ipa(size).is_page() || !space.contains(ipa, size) {
+            return Err(Error::Invalid);
+        }
+        if self.ram.contains(&range) {
+            return Ok(());
+        }
+        if self.ram.iter().any(|r| r.size != 0 && r.overlaps(&range)) {
+            return Err(Error::Invalid);
+        }
+        let free = self.ram.iter_mut().find(|r| r.size == 0).ok_or(Error::NoMemory)?;
+        *free = range;
+        Ok(())
+    }
+
+    /// Whether the page at `ipa` is declared RAM.
+    #[must_use]
+    pub fn is_ram(&self, ipa: Ipa) -> bool {
+        self.ram.iter().any(|r| r.contains(ipa.0, PAGE_SIZE))
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Makes vCPU `idx` with the free `context`; borrows its run page.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a bad index or address, [`Error::State`] if it
+    /// exists or the VM was activated, [`Error::Denied`] or [`Error::Again`] if
+    /// the page is not to be had.
+    pub fn create_vcpu(
+        &mut self,
+        m: &impl Machine,
+        idx: u64,
+        run_page: u64,
+        context: u16,
+    ) -> Result<(), Error> {
+        let run_page = check_page(run_page)?;
+        if idx >= self.config.max_vcpus {
+            return Err(Error::Invalid);
+        }
+        self.in_phase(Phase::Open)?;
+        let slot = self.slot;
+        let vcpu = self.vcpus.get_mut(index(idx)).ok_or(Error::Invalid)?;
+        if vcpu.is_some() {
+            return Err(Error::State);
+        }
+        let page = m.pages().claim(run_page, Owner::Host)?;
+        m.pages().relabel(page, Owner::RunPage(slot));
+        *vcpu = Some(Vcpu {
+            context,
+            run_page,
+            power: Power::Off,
+            running: false,
+            boot: None,
+            starting: None,
+        });
+        Ok(())
+    }
+
+    fn vcpu(&mut self, idx: u64) -> Result<&mut Vcpu, Error> {
+        self.vcpus.get_mut(index(idx)).and_then(Option::as_mut).ok_or(Error::Invalid)
+    }
+
+    /// Says where a vCPU starts that is on at launch.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it does not exist, [`Error::State`] after activation.
+    pub fn set_boot(&mut self, idx: u64, boot: Boot) -> Result<(), Error> {
+        self.in_phase(Phase::Open)?;
+        self.vcpu(idx)?.boot = Some(boot);
+        Ok(())
+    }
+
+    fn check_guest_page(&self, m: &impl Machine, ipa: Ipa) -> Result<(), MapOrError> {
+        if !ipa.is_page() {
+            return Err(Error::Invalid.into());
+        }
+        if !self.is_ram(ipa) {
+            return Err(Error::Denied.into());
+        }
+        Ok(self.map.check(m.hw(), ipa)?)
+    }
+
+    fn donate(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapOrError> {
+        self.map.map(m.hw(), m.pages(), ipa, page).map_err(|(page, error)| {
+            // Unreachable after `check_guest_page` under one lock; still the
+            // page must not be lost.
+            give_to_host(m, page);
+            error.into()
+        })
+    }
+
+    /// Donates a page of the launch image and measures it. `buffer` is scratch.
+    ///
+    /// # Errors
+    /// [`Error::State`] after activation, [`Error::Invalid`] out of order,
+    /// otherwise as [`Self::map_page`].
+    pub fn populate(
+        &mut self,
+        m: &impl Machine,
+        ipa: u64,
+        pa: u64,
+        buffer: &mut [u8; 4096],
+    ) -> Result<(), MapOrError> {
+        self.in_phase(Phase::Open)?;
+        let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
+        self.check_guest_page(m, ipa)?;
+        self.launch.check(ipa)?;
+        let page = take_from_host(m, pa)?.measure(m.hw(), buffer);
+        self.launch.add_page(ipa, buffer);
+        self.donate(m, ipa, page)
+    }
+
+    /// Closes the launch; the VM can run.
+    ///
+    /// # Errors
+    /// [`Error::State`] if it is not open or no vCPU is on.
+    pub fn activate(&mut self, m: &impl Machine) -> Result<Digest, Error> {
+        self.in_phase(Phase::Open)?;
+        let boots = self.vcpus.map(|vcpu| vcpu.and_then(|v| v.boot));
+        if boots.iter().all(Option::is_none) {
+            return Err(Error::State);
+        }
+        self.ram.sort_unstable_by_key(|r| (r.size == 0, r.base));
+        let digest = self.launch.digest(
+            &self.config,
+            self.ram.iter().filter(|r| r.size != 0),
+            (0..).zip(boots).filter_map(|(i, b)| Some((i, b?))),
+        );
+        for vcpu in self.vcpus.iter_mut().flatten() {
+            vcpu.power = vcpu.boot.map_or(Power::Off, Power::Pending);
+        }
+        m.hw().invalidate_icache();
+        self.phase = Phase::Active;
+        Ok(digest)
+    }
+
+    /// Donates a page; the guest sees zeros (I7).
+    ///
+    /// # Errors
+    /// [`Error::State`] before activation, [`Error::Invalid`] for a malformed
+    /// address, [`Error::Denied`] if `ipa` is not RAM or mapped, or the page not
+    /// the host's; [`MapOrError::Tables`] if the pool is short.
+    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapOrError> {
+        self.in_phase(Phase::Active)?;
+        let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
+        self.check_guest_page(m, ipa)?;
+        let page = take_from_host(m, pa)?.scrub(m.hw());
+        m.hw().invalidate_icache();
+        self.donate(m, ipa, page)
+    }
+
+    /// Maps a page of the GICv2 virtual CPU interface; `pa` is checked by the caller.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] if `ipa` is RAM or taken.
+    pub fn map_device(&mut self, m: &impl Machine, ipa: u64, pa: Pa) -> Result<(), MapOrError> {
+        if !matches!(self.phase, Phase::Open | Phase::Active) {
+            return Err(Error::State.into());
+        }
+        let ipa = Ipa(ipa);
+        if !ipa.is_page() || ipa.0 >> self.config.ipa_bits != 0 {
+            return Err(Error::Invalid.into());
+        }
+        if self.is_ram(ipa) || self.config.gic != 2 {
+            return Err(Error::Denied.into());
+        }
+        Ok(self.map.map_device(m.hw(), ipa, pa)?)
+    }
+
+    /// Gives `n` pages from `ipa` on back to the host, wiped; holes are skipped.
+    ///
+    /// # Errors
+    /// [`Error::State`] if the VM is neither open nor active, [`Error::Invalid`]
+    /// for a bad range.
+    pub fn unmap_pages(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(), Error> {
+        if !matches!(self.phase, Phase::Open | Phase::Active) {
+            return Err(Error::State);
+        }
+        let space = Range { base: 0, size: 1 << self.config.ipa_bits };
+        if n > MAX_PAGES_PER_CALL || !Ipa(ipa).is_page() || !space.contains(ipa, n * PAGE_SIZE) {
+            return Err(Error::Invalid);
+        }
+        for i in 0..n {
+            let ipa = Ipa(ipa + i * PAGE_SIZE);
+            if !self.is_ram(ipa) {
+                continue;
+            }
+            if let Some(page) = self.map.unmap(m.hw(), m.pages(), ipa) {
+                wipe_to_host(m, page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Donates `n` pages as table memory; all or none.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a bad range, [`Error::State`] while the VM is torn
+    /// down, [`Error::Denied`] or [`Error::Again`] if a page is not to be had.
+    pub fn donate_pool(&mut self, m: &impl Machine, pa: u64, n: u64) -> Result<(), Error> {
+        let first = check_page(pa)?;
+        if n == 0 || n > MAX_PAGES_PER_CALL {
+            return Err(Error::Invalid);
+        }
+        if !matches!(self.phase, Phase::Open | Phase::Active) {
+            return Err(Error::State);
+        }
+        let mut claimed = [const { None }; 32];
+        let mut at = first;
+        for place in claimed.iter_mut().take(index(n)) {
+            match m.pages().claim(at, Owner::Host) {
+                Ok(page) => *place = Some(page),
+                Err(error) => {
+                    for page in claimed.into_iter().flatten() {
+                        m.pages().unclaim(page);
+                    }
+                    return Err(error);
+                }
+            }
+            at = at.offset(PAGE_SIZE);
+        }
+        for page in claimed.into_iter().flatten() {
+            // All of them are RAM, which the host's map can always split.
+            let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
+            self.map.add_to_pool(m.hw(), m.pages(), page.scrub(m.hw()));
+        }
+        Ok(())
+    }
+
+    /// Gives vCPU `idx` to the calling CPU, to run it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it does not exist, [`Error::State`] if the VM is
+    /// not active or the vCPU off, [`Error::Busy`] if it runs.
+    pub fn enter(&mut self, idx: u64) -> Result<Run, Error> {
+        let phase = self.in_phase(Phase::Active);
+        let (vttbr, cntvoff, gic) = (self.map.vttbr(), self.cntvoff, self.config.gic);
+        let vcpu = self.vcpu(idx)?;
+        phase?;
+        if vcpu.running {
+            return Err(Error::Busy);
+        }
+        let start = match vcpu.power {
+            Power::Off => return Err(Error::State),
+            Power::Pending(boot) => Some(boot),
+            Power::On => None,
+        };
+        vcpu.running = true;
+        let run =
+            Run { context: vcpu.context, run_page: vcpu.run_page, start, vttbr, cntvoff, gic };
+        self.running += 1;
+        Ok(run)
+    }
+
+    /// The entry was accepted: a vCPU that had yet to start is on.
+    pub fn started(&mut self, idx: u64) {
+        if let Ok(vcpu) = self.vcpu(idx) {
+            vcpu.power = Power::On;
+        }
+    }
+
+    /// The calling CPU stops running vCPU `idx`.
+    pub fn leave(&mut self, idx: u64) {
+        if let Ok(vcpu) = self.vcpu(idx)
+            && vcpu.running
+        {
+            vcpu.running = false;
+            self.running = self.running.saturating_sub(1);
+        }
+    }
+
+    /// The host answers the CPU_ON that vCPU `idx` made: unless it was carried
+    /// out the target is off again.
+    pub fn cpu_on_answered(&mut self, idx: u64, result: u64) {
+        let Ok(vcpu) = self.vcpu(idx) else { return };
+        let Some(target) = vcpu.starting.take() else { return };
+        if result != 0
+            && let Ok(target) = self.vcpu(u64::from(target))
+            && matches!(target.power, Power::Pending(_))
+            && !target.running
+        {
+            target.power = Power::Off;
+        }
+    }
+
+    /// PSCI power state of the vCPU with this affinity.
+    #[must_use]
+    pub fn power(&self, affinity: u64) -> Option<Power> {
+        self.vcpus.get(self.by_affinity(affinity)?).copied().flatten().map(|v| v.power)
+    }
+
+    fn by_affinity(&self, affinity: u64) -> Option<usize> {
+        (0..self.config.max_vcpus)
+            .find(|i| mpidr_affinity(*i) == affinity)
+            .map(index)
+            .filter(|i| self.vcpus.get(*i).is_some_and(Option::is_some))
+    }
+
+    /// PSCI CPU_ON by vCPU `caller`: the target starts at `boot` at its next
+    /// run, whatever the host says (T17).
+    ///
+    /// # Errors
+    /// The target's power state if it is not off; `None` if there is no target.
+    pub fn cpu_on(&mut self, caller: u64, affinity: u64, boot: Boot) -> Result<(), Option<Power>> {
+        let target = self.by_affinity(affinity).ok_or(None)?;
+        let vcpu = self.vcpus.get_mut(target).and_then(Option::as_mut).ok_or(None)?;
+        if vcpu.power != Power::Off {
+            return Err(Some(vcpu.power));
+        }
+        vcpu.power = Power::Pending(boot);
+        if let Ok(caller) = self.vcpu(caller) {
+            caller.starting = u8::try_from(target).ok();
+        }
+        Ok(())
+    }
+
+    /// PSCI CPU_OFF by vCPU `idx`.
+    pub fn cpu_off(&mut self, idx: u64) {
+        if let Ok(vcpu) = self.vcpu(idx) {
+            vcpu.power = Power::Off;
+        }
+    }
+
+    /// One step of a reset: scrubs private pages and gives them back, then
+    /// opens the launch again.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while a vCPU runs, [`Error::Again`] while there is more,
+    /// [`Error::State`] if the VM is being destroyed.
+    pub fn reset(&mut self, m: &impl Machine) -> Result<(), Error> {
+        if self.phase == Phase::Destroying {
+            return Err(Error::State);
+        }
+        self.scrub(m, Phase::Resetting)?;
+        for vcpu in self.vcpus.iter_mut().flatten() {
+            vcpu.power = Power::Off;
+            vcpu.boot = None;
+            vcpu.starting = None;
+        }
+        self.launch = Launch::default();
+        self.phase = Phase::Open;
+        Ok(())
+    }
+
+    fn scrub(&mut self, m: &impl Machine, phase: Phase) -> Result<(), Error> {
+        if self.running != 0 {
+            return Err(Error::Busy);
+        }
+        if self.phase != phase {
+            self.phase = phase;
+            self.map.begin_teardown(m.hw());
+        }
+        let give_back = |page| wipe_to_host(m, page);
+        match self.map.teardown(m.hw(), m.pages(), MAX_PAGES_PER_CALL, give_back) {
+            Step::More => Err(Error::Again),
+            Step::Done => Ok(()),
+        }
+    }
+
+    /// One step of a destruction. `free_context` gets the contexts of the vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while a vCPU runs, [`Error::Again`] while there is more.
+    pub fn destroy(
+        &mut self,
+        m: &impl Machine,
+        mut free_context: impl FnMut(u16),
+    ) -> Result<(), Error> {
+        self.scrub(m, Phase::Destroying)?;
+        for _ in 0..MAX_PAGES_PER_CALL {
+            let Some(page) = self.map.take_from_pool(m.hw(), m.pages()) else { break };
+            wipe_to_host(m, page);
+        }
+        if self.map.pool_len() != 0 {
+            return Err(Error::Again);
+        }
+        for vcpu in self.vcpus.iter_mut().filter_map(Option::take) {
+            free_context(vcpu.context);
+            if let Ok(page) = m.pages().claim(vcpu.run_page, Owner::RunPage(self.slot)) {
+                m.pages().relabel(page, Owner::Host);
+            }
+        }
+        self.ram = [Range::default(); MAX_RAM_RANGES];
+        self.launch = Launch::default();
+        self.phase = Phase::Free;
+        Ok(())
+    }
+
+    /// Whether any vCPU runs now.
+    #[must_use]
+    pub const fn is_running(&self) -> bool {
+        self.running != 0
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.iter().flatten().count()
+    }
+}
+
+/// Why a page could not be given to a VM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapOrError {
+    /// The pool lacks that many pages.
+    Tables(u64),
+    /// Another reason.
+    Other(Error),
+}
+
+impl From<MapError> for MapOrError {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::Tables(n) => Self::Tables(n),
+            MapError::Taken => Self::Other(Error::Denied),
+        }
+    }
+}
+
+impl From<Error> for MapOrError {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
