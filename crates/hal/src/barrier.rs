@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Barriers and hints (Arm ARM B2.3, C5.6, D1.6).
+
+use core::arch::asm;
+
+macro_rules! barrier {
+    ($(#[$doc:meta])* $name:ident, $text:literal) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name() {
+            // SAFETY: a barrier or hint changes no register and no memory.
+            unsafe { asm!($text, options(nostack, preserves_flags)) }
+        }
+    };
+}
+
+barrier!(
+    /// Context synchronisation: later instructions see earlier register writes.
+    isb, "isb"
+);
+barrier!(
+    /// All earlier accesses and maintenance are complete, for all observers.
+    dsb_sy, "dsb sy"
+);
+barrier!(
+    /// As [`dsb_sy`] for the inner shareable domain.
+    dsb_ish, "dsb ish"
+);
+barrier!(
+    /// Earlier stores are complete, for the inner shareable domain.
+    dsb_ishst, "dsb ishst"
+);
+barrier!(
+    /// As [`dsb_sy`] for this CPU.
+    dsb_nsh, "dsb nsh"
+);
+barrier!(
+    /// Waits for an interrupt, masked or not.
+    wfi, "dsb sy\nwfi"
+);
+barrier!(
+    /// Waits for an event.
+    wfe, "wfe"
+);
+barrier!(
+    /// Wakes all CPUs that wait for an event.
+    sev, "dsb sy\nsev"
+);

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Cache maintenance (Arm ARM D7.5, B2.4).
+
+use core::arch::asm;
+
+use crate::barrier;
+
+/// Smallest data cache line of the CPU in bytes (`CTR_EL0.DminLine`).
+fn line_size() -> usize {
+    let ctr: usize;
+    // SAFETY: reading CTR_EL0 has no side effect.
+    unsafe { asm!("mrs {}, ctr_el0", out(reg) ctr, options(nomem, nostack, preserves_flags)) }
+    4 << ((ctr >> 16) & 15)
+}
+
+/// Cleans and invalidates to the point of coherency what all caches hold of
+/// `size` bytes at the virtual address `at`: a reader or writer with caches
+/// off, or one with other attributes, sees memory as it is.
+pub fn clean_invalidate(at: usize, size: usize) {
+    let line = line_size();
+    let mut address = at & !(line - 1);
+    while address < at + size {
+        // SAFETY: cleaning writes back what was stored; it changes no value.
+        unsafe { asm!("dc civac, {}", in(reg) address, options(nostack, preserves_flags)) }
+        address += line;
+    }
+    barrier::dsb_sy();
+}
+
+/// Makes instruction fetches of all CPUs see what memory holds.
+pub fn invalidate_icache_all() {
+    barrier::dsb_ish();
+    // SAFETY: removing instruction cache entries changes no memory.
+    unsafe { asm!("ic ialluis", "dsb ish", "isb", options(nostack, preserves_flags)) }
+}

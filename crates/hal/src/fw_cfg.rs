@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! QEMU's configuration device, read byte by byte through its data register
+//! (QEMU docs/specs/fw_cfg.rst); its DMA interface is never used.
+
+use crate::mmio::Registers;
+
+const SELECTOR: usize = 8;
+const FILE_DIRECTORY: u16 = 0x19;
+const RAM_SIZE: u16 = 0x03;
+const CPU_COUNT: u16 = 0x05;
+
+/// The device.
+pub struct FwCfg(Registers);
+
+impl FwCfg {
+    /// The device at the physical address `base`.
+    ///
+    /// # Safety
+    /// EL3 must map 4 KiB at `base` as device memory, and fw_cfg must be there.
+    #[must_use]
+    pub const unsafe fn new(base: usize) -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Registers::new(base, 0x1000) })
+    }
+
+    fn select(&self, key: u16) {
+        self.0.write16(SELECTOR, key.to_be());
+    }
+
+    fn bytes<const N: usize>(&self) -> [u8; N] {
+        core::array::from_fn(|_| self.0.read8(0))
+    }
+
+    /// Bytes of RAM.
+    #[must_use]
+    pub fn ram_size(&self) -> u64 {
+        self.select(RAM_SIZE);
+        u64::from_le_bytes(self.bytes())
+    }
+
+    /// CPUs that the machine started with.
+    #[must_use]
+    pub fn cpu_count(&self) -> u16 {
+        self.select(CPU_COUNT);
+        u16::from_le_bytes(self.bytes())
+    }
+
+    /// The first 32 bytes of the file `name`, if it has as many.
+    #[must_use]
+    pub fn file(&self, name: &str) -> Option<[u8; 32]> {
+        self.select(FILE_DIRECTORY);
+        let count = u32::from_be_bytes(self.bytes());
+        for _ in 0..count.min(64) {
+            let size = u32::from_be_bytes(self.bytes());
+            let key = u16::from_be_bytes(self.bytes());
+            let _reserved: [u8; 2] = self.bytes();
+            let entry: [u8; 56] = self.bytes();
+            let length = entry.iter().position(|&b| b == 0).unwrap_or(entry.len());
+            if entry.get(..length) == Some(name.as_bytes()) && size >= 32 {
+                self.select(key);
+                return Some(self.bytes());
+            }
+        }
+        None
+    }
+}

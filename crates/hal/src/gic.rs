@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The interrupt controller with two security states (GICv2: IHI 0048B; GICv3: IHI 0069H).
+//!
+//! All interrupts are the normal world's (group 1) but one: SGI 15, which
+//! wakes a CPU that waits in the monitor, and fetches one out of the normal
+//! world. The host enables, routes and prioritises its own through the
+//! non-secure view of the same registers.
+
+use crate::barrier;
+use crate::mmio::Registers;
+use crate::sysreg::{
+    icc_acknowledge_group0, icc_igrpen0_el1, icc_igrpen1_el3, icc_pmr_el1, icc_sgi0r_el1,
+    icc_sre_el1, icc_sre_el2, icc_sre_el3, ich_hcr_el2, ich_vmcr_el2, mpidr_el1,
+};
+
+/// The monitor's own software-generated interrupt.
+const SGI: u32 = 15;
+
+const GICD_CTLR: usize = 0;
+const GICD_TYPER: usize = 4;
+const GICD_IGROUPR: usize = 0x80;
+const GICD_SGIR: usize = 0xf00;
+const GICD_IGRPMODR: usize = 0xd00;
+const GICD_ISENABLER: usize = 0x100;
+const GICD_IPRIORITYR: usize = 0x400;
+
+/// GICD_CTLR, secure view with affinity routing: RWP, ARE_NS, ARE_S, EnableGrp0.
+const CTLR_RWP: u32 = 1 << 31;
+const CTLR_ARE: u32 = 1 << 5 | 1 << 4;
+const CTLR_GRP0: u32 = 1;
+
+/// Offset of the SGI and PPI page in a redistributor's frame.
+const SGI_BASE: usize = 0x1_0000;
+/// Bytes of one redistributor's two frames.
+pub const REDISTRIBUTOR_SIZE: usize = 0x2_0000;
+/// Redistributor registers (IHI 0069H 12.10).
+pub mod gicr {
+    /// Control.
+    pub const CTLR: usize = 0;
+    /// Implementer.
+    pub const IIDR: usize = 4;
+    /// Type; 64 bits.
+    pub const TYPER: usize = 8;
+    /// Error status.
+    pub const STATUSR: usize = 0x10;
+    /// Power.
+    pub const WAKER: usize = 0x14;
+}
+const WAKER_PROCESSOR_SLEEP: u32 = 1 << 1;
+const WAKER_CHILDREN_ASLEEP: u32 = 1 << 2;
+
+const GICC_CTLR: usize = 0;
+const GICC_PMR: usize = 4;
+const GICC_IAR: usize = 0xc;
+const GICC_EOIR: usize = 0x10;
+/// GICC_CTLR, secure view: group 0 as FIQ, nothing bypasses the controller;
+/// group 1 is the host's to enable.
+const GICC_CTLR_HOST: u32 = 1 << 6 | 1 << 5 | 1 << 3 | 1;
+const GICC_CTLR_GRP1: u32 = 1 << 1;
+
+/// ICC_SRE_ELx: system registers on, bypass off, lower levels may see them.
+const SRE_ALL: u64 = 0xf;
+
+/// The interrupt controller of the machine.
+#[derive(Clone, Copy)]
+pub struct Gic {
+    distributor: Registers,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    V2 { cpu_interface: Registers },
+    V3 { redistributors: Registers, count: usize },
+}
+
+impl Gic {
+    /// A GICv2.
+    ///
+    /// # Safety
+    /// EL3 must map 64 KiB at `distributor` and 8 KiB at `cpu_interface` as
+    /// device memory, and a GICv2 must be there.
+    #[must_use]
+    pub const unsafe fn v2(distributor: usize, cpu_interface: usize) -> Self {
+        Self {
+            // SAFETY: passed on to the caller.
+            distributor: unsafe { Registers::new(distributor, 0x1000) },
+            // SAFETY: passed on to the caller.
+            kind: Kind::V2 { cpu_interface: unsafe { Registers::new(cpu_interface, 0x2000) } },
+        }
+    }
+
+    /// A GICv3 with `count` redistributors.
+    ///
+    /// # Safety
+    /// EL3 must map 64 KiB at `distributor` and `count` times 128 KiB at
+    /// `redistributors` as device memory, and a GICv3 must be there.
+    #[must_use]
+    pub const unsafe fn v3(distributor: usize, redistributors: usize, count: usize) -> Self {
+        Self {
+            // SAFETY: passed on to the caller.
+            distributor: unsafe { Registers::new(distributor, 0x1_0000) },
+            kind: Kind::V3 {
+                // SAFETY: passed on to the caller.
+                redistributors: unsafe {
+                    Registers::new(redistributors, count * REDISTRIBUTOR_SIZE)
+                },
+                count,
+            },
+        }
+    }
+
+    /// 2 or 3.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        match self.kind {
+            Kind::V2 { .. } => 2,
+            Kind::V3 { .. } => 3,
+        }
+    }
+
+    /// Sets the distributor up. Once, by the first CPU.
+    pub fn init_distributor(&self) {
+        let d = self.distributor;
+        let v3 = matches!(self.kind, Kind::V3 { .. });
+        d.write32(GICD_CTLR, 0);
+        if v3 {
+            self.wait_distributor();
+            // Affinity routing may be turned on only while all groups are off (12.9.4).
+            d.write32(GICD_CTLR, CTLR_ARE);
+            self.wait_distributor();
+        }
+        // ITLinesNumber + 1 words; word 0 (SGIs, PPIs) is each CPU's own.
+        let words = (d.read32(GICD_TYPER) & 31) as usize;
+        for word in 1..=words {
+            d.write32(GICD_IGROUPR + 4 * word, u32::MAX);
+            if v3 {
+                d.write32(GICD_IGRPMODR + 4 * word, 0);
+            }
+        }
+        d.write32(GICD_CTLR, if v3 { CTLR_ARE | CTLR_GRP0 } else { CTLR_GRP0 });
+        if v3 {
+            self.wait_distributor();
+        }
+    }
+
+    fn wait_distributor(&self) {
+        while self.distributor.read32(GICD_CTLR) & CTLR_RWP != 0 {}
+    }
+
+    /// Sets this CPU's share up, as far as the host can't (its view of
+    /// GICR_WAKER and the groups is read-as-zero): on each way into the
+    /// monitor from power-off. `SCR_EL3.NS` must be 1.
+    pub fn init_cpu(&self) {
+        match self.kind {
+            Kind::V2 { cpu_interface } => {
+                init_private(self.distributor, 0);
+                // Not below 0x80: the host could not change it then (3.4 of IHI 0048B).
+                cpu_interface.write32(GICC_PMR, 0xff);
+                cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST);
+            }
+            Kind::V3 { redistributors, .. } => {
+                let Some(frame) = self.own_redistributor() else {
+                    panic!("no redistributor for this CPU")
+                };
+                let waker = redistributors.read32(frame + gicr::WAKER);
+                redistributors.write32(frame + gicr::WAKER, waker & !WAKER_PROCESSOR_SLEEP);
+                while redistributors.read32(frame + gicr::WAKER) & WAKER_CHILDREN_ASLEEP != 0 {}
+                init_private(redistributors, frame + SGI_BASE);
+                redistributors.write32(frame + SGI_BASE + GICD_IGRPMODR, 0);
+                // The registers of the lower levels exist once those of the higher do.
+                icc_sre_el3::write(SRE_ALL);
+                barrier::isb();
+                icc_sre_el2::write(SRE_ALL);
+                barrier::isb();
+                icc_sre_el1::write(SRE_ALL & !8);
+                barrier::isb();
+                ich_hcr_el2::write(0);
+                ich_vmcr_el2::write(0);
+                icc_pmr_el1::write(0xff);
+                icc_igrpen1_el3::write(0);
+                icc_igrpen0_el1::write(1);
+                barrier::isb();
+            }
+        }
+    }
+
+    /// Keeps the normal world's interrupts from this CPU: those still pending
+    /// would not let it sleep in the monitor. The host turns them on again.
+    pub fn mute_cpu(&self) {
+        match self.kind {
+            Kind::V2 { cpu_interface } => {
+                cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST & !GICC_CTLR_GRP1);
+            }
+            Kind::V3 { .. } => {
+                icc_igrpen1_el3::write(0);
+                barrier::isb();
+            }
+        }
+    }
+
+    /// Sends the monitor's interrupt to the CPU with this `MPIDR_EL1` and, for
+    /// GICv2, this number.
+    pub fn send(&self, mpidr: u64, cpu: usize) {
+        barrier::dsb_sy();
+        match self.kind {
+            Kind::V2 { .. } => {
+                // TargetList [23:16]; NSATT = 0: group 0 (4.3.15 of IHI 0048B).
+                self.distributor.write32(GICD_SGIR, 1 << (16 + (cpu & 7)) | SGI);
+            }
+            Kind::V3 { .. } => {
+                let affinity = |level: u32| mpidr >> level & 0xff;
+                icc_sgi0r_el1::write(
+                    affinity(32) << 48
+                        | affinity(16) << 32
+                        | u64::from(SGI) << 24
+                        | affinity(8) << 16
+                        | (affinity(0) >> 4) << 44
+                        | 1 << (affinity(0) & 15),
+                );
+                barrier::isb();
+            }
+        }
+    }
+
+    /// Takes the monitor's interrupt, if it is pending.
+    pub fn acknowledge(&self) {
+        match self.kind {
+            Kind::V2 { cpu_interface } => {
+                // A secure read of IAR takes group 0 only, unless AckCtl is set;
+                // 1022 and 1023 name none.
+                let id = cpu_interface.read32(GICC_IAR);
+                if id & 0x3ff < 1020 {
+                    cpu_interface.write32(GICC_EOIR, id);
+                }
+            }
+            Kind::V3 { .. } => {
+                icc_acknowledge_group0();
+            }
+        }
+    }
+
+    /// What a register of a redistributor's first page tells the host: LPIs
+    /// are absent, power is the monitor's, the rest is as it is. `offset` in
+    /// bytes from the first redistributor, 32-bit registers.
+    #[must_use]
+    pub fn redistributor_view(&self, offset: usize) -> u32 {
+        let Kind::V3 { redistributors, count } = self.kind else { return 0 };
+        if offset >= count * REDISTRIBUTOR_SIZE || !offset.is_multiple_of(4) {
+            return 0;
+        }
+        const TYPER_HIGH: usize = gicr::TYPER + 4;
+        /// PLPIS, VLPIS, Dirty, DirectLPI, DPGS, MPAM, RVPEID (12.11.35).
+        const TYPER_LPI: u32 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7;
+        /// RWP and UWP: writes under way.
+        const CTLR_BUSY: u32 = 1 << 3 | 1 << 31;
+        let value = || redistributors.read32(offset);
+        match offset % REDISTRIBUTOR_SIZE {
+            gicr::CTLR => value() & CTLR_BUSY,
+            gicr::TYPER => value() & !TYPER_LPI,
+            gicr::IIDR | TYPER_HIGH => value(),
+            _ => 0,
+        }
+    }
+
+    fn own_redistributor(&self) -> Option<usize> {
+        let Kind::V3 { redistributors, count } = self.kind else { return None };
+        let mpidr = mpidr_el1::read();
+        let affinity = (mpidr >> 32 & 0xff) << 24 | mpidr & 0xff_ffff;
+        (0..count)
+            .map(|i| i * REDISTRIBUTOR_SIZE)
+            .find(|at| u64::from(redistributors.read32(at + gicr::TYPER + 4)) == affinity)
+    }
+}
+
+/// Groups, priority and enable of the SGIs and PPIs whose registers start at `at`.
+fn init_private(registers: Registers, at: usize) {
+    registers.write32(at + GICD_IGROUPR, !(1 << SGI));
+    // Highest priority for SGI 15: byte 3 of the word of SGIs 12 to 15.
+    let word = at + GICD_IPRIORITYR + 12;
+    registers.write32(word, registers.read32(word) & 0x00ff_ffff);
+    registers.write32(at + GICD_ISENABLER, 1 << SGI);
+}

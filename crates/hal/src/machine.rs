@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the pure part asks of the hardware.
+
+use havmsi_core::addr::{Ipa, Pa};
+use havmsi_core::hw::Hardware;
+
+use crate::{barrier, cache, phys, tlb};
+
+/// This machine. Zero-sized but for the host's `VTTBR_EL2`.
+#[derive(Clone, Copy)]
+pub struct Machine {
+    /// `VTTBR_EL2` of the host's stage-2.
+    pub host_vttbr: u64,
+}
+
+impl Hardware for Machine {
+    fn read_entry(&self, table: Pa, index: usize) -> u64 {
+        phys::read(table.offset(index as u64 * 8))
+    }
+
+    fn write_entry(&self, table: Pa, index: usize, value: u64) {
+        phys::write(table.offset(index as u64 * 8), value);
+        barrier::dsb_ishst();
+    }
+
+    fn zero_page(&self, page: Pa) {
+        phys::zero_page(page);
+    }
+
+    fn copy_page(&self, page: Pa, to: &mut [u8; 4096]) {
+        phys::copy_page(page, to);
+    }
+
+    fn invalidate_icache(&self) {
+        cache::invalidate_icache_all();
+    }
+
+    fn invalidate_host(&self, ipa: Ipa) {
+        tlb::invalidate_ipa(self.host_vttbr, ipa.0);
+    }
+
+    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa) {
+        tlb::invalidate_ipa(vttbr, ipa.0);
+    }
+
+    fn invalidate_guest_all(&self, vttbr: u64) {
+        tlb::invalidate_vmid(vttbr);
+    }
+}

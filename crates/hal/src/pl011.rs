@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Output on a PL011 (Arm DDI 0183).
+
+use core::fmt;
+
+use crate::mmio::Registers;
+
+const DR: usize = 0x00;
+const FR: usize = 0x18;
+const FR_TXFF: u32 = 1 << 5;
+const CR: usize = 0x30;
+const CR_UARTEN_TXE: u32 = 1 << 8 | 1;
+
+/// A transmit-only UART.
+pub struct Uart(Registers);
+
+impl Uart {
+    /// The UART at the physical address `base`.
+    ///
+    /// # Safety
+    /// EL3 must map 4 KiB at `base` as device memory, and a PL011 must be there.
+    #[must_use]
+    pub const unsafe fn new(base: usize) -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Registers::new(base, 0x1000) })
+    }
+
+    /// Turns the transmitter on; line settings are as the boot ROM left them.
+    pub fn enable(&self) {
+        self.0.write32(CR, CR_UARTEN_TXE);
+    }
+
+    /// Sends one byte, when there is room.
+    pub fn send(&self, byte: u8) {
+        while self.0.read32(FR) & FR_TXFF != 0 {}
+        self.0.write32(DR, u32::from(byte));
+    }
+}
+
+impl fmt::Write for Uart {
+    fn write_str(&mut self, s: &str) -> fmt::Result {
+        for byte in s.bytes() {
+            if byte == b'\n' {
+                self.send(b'\r');
+            }
+            self.send(byte);
+        }
+        Ok(())
+    }
+}

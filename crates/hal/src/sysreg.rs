@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! System registers by their name in the Arm ARM (section D24).
+//!
+//! Reads are safe: no register listed here has a read with a side effect on
+//! the monitor's memory. Writes are safe for registers that act on lower
+//! exception levels only; those that govern EL3 itself are `unsafe`.
+
+use core::arch::asm;
+
+macro_rules! read_only {
+    ($($name:ident = $asm:literal;)*) => { $(
+        #[doc = concat!("The register `", stringify!($name), "`.")]
+        pub mod $name {
+            use super::asm;
+            /// Its value.
+            #[inline(always)]
+            #[must_use]
+            pub fn read() -> u64 {
+                let value: u64;
+                // SAFETY: reading this register has no side effect on memory.
+                unsafe {
+                    asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
+                }
+                value
+            }
+        }
+    )* };
+}
+
+macro_rules! lower_level {
+    ($($name:ident = $asm:literal;)*) => { $(
+        #[doc = concat!("The register `", stringify!($name), "`.")]
+        pub mod $name {
+            use super::asm;
+            /// Its value.
+            #[inline(always)]
+            #[must_use]
+            pub fn read() -> u64 {
+                let value: u64;
+                // SAFETY: reading this register has no side effect on memory.
+                unsafe {
+                    asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
+                }
+                value
+            }
+            /// Changes it; a context synchronisation event makes it effective.
+            #[inline(always)]
+            pub fn write(value: u64) {
+                // SAFETY: the register governs lower exception levels only.
+                unsafe {
+                    asm!(concat!("msr ", $asm, ", {}"), in(reg) value, options(nostack, preserves_flags));
+                }
+            }
+        }
+    )* };
+}
+
+macro_rules! el3 {
+    ($($name:ident = $asm:literal;)*) => { $(
+        #[doc = concat!("The register `", stringify!($name), "`, which governs EL3.")]
+        pub mod $name {
+            use super::asm;
+            /// Its value.
+            #[inline(always)]
+            #[must_use]
+            pub fn read() -> u64 {
+                let value: u64;
+                // SAFETY: reading this register has no side effect on memory.
+                unsafe {
+                    asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
+                }
+                value
+            }
+            /// Changes it.
+            ///
+            /// # Safety
+            /// The value must keep EL3's own code, stack and data accessible,
+            /// and the normal world out of them.
+            #[inline(always)]
+            pub unsafe fn write(value: u64) {
+                // SAFETY: passed on to the caller.
+                unsafe {
+                    asm!(concat!("msr ", $asm, ", {}"), in(reg) value, options(nostack, preserves_flags));
+                }
+            }
+        }
+    )* };
+}
+
+read_only! {
+    cntpct_el0 = "cntpct_el0";
+    esr_el3 = "esr_el3";
+    far_el3 = "far_el3";
+    id_aa64dfr0_el1 = "id_aa64dfr0_el1";
+    id_aa64mmfr0_el1 = "id_aa64mmfr0_el1";
+    id_aa64mmfr1_el1 = "id_aa64mmfr1_el1";
+    id_aa64pfr0_el1 = "id_aa64pfr0_el1";
+    id_aa64pfr1_el1 = "id_aa64pfr1_el1";
+    isr_el1 = "isr_el1";
+    midr_el1 = "midr_el1";
+    mpidr_el1 = "mpidr_el1";
+    ich_vtr_el2 = "s3_4_c12_c11_1";
+    ich_misr_el2 = "s3_4_c12_c11_2";
+    ich_eisr_el2 = "s3_4_c12_c11_3";
+    ich_elrsr_el2 = "s3_4_c12_c11_5";
+}
+
+lower_level! {
+    actlr_el1 = "actlr_el1";
+    afsr0_el1 = "afsr0_el1";
+    afsr1_el1 = "afsr1_el1";
+    amair_el1 = "amair_el1";
+    cntfrq_el0 = "cntfrq_el0";
+    cnthctl_el2 = "cnthctl_el2";
+    cnthp_ctl_el2 = "cnthp_ctl_el2";
+    cntkctl_el1 = "cntkctl_el1";
+    cntp_ctl_el0 = "cntp_ctl_el0";
+    cntp_cval_el0 = "cntp_cval_el0";
+    cntv_ctl_el0 = "cntv_ctl_el0";
+    cntv_cval_el0 = "cntv_cval_el0";
+    cntvoff_el2 = "cntvoff_el2";
+    contextidr_el1 = "contextidr_el1";
+    cpacr_el1 = "cpacr_el1";
+    cptr_el2 = "cptr_el2";
+    csselr_el1 = "csselr_el1";
+    elr_el1 = "elr_el1";
+    elr_el2 = "elr_el2";
+    esr_el1 = "esr_el1";
+    esr_el2 = "esr_el2";
+    far_el1 = "far_el1";
+    far_el2 = "far_el2";
+    hcr_el2 = "hcr_el2";
+    hpfar_el2 = "hpfar_el2";
+    hstr_el2 = "hstr_el2";
+    mair_el1 = "mair_el1";
+    mdcr_el2 = "mdcr_el2";
+    mdscr_el1 = "mdscr_el1";
+    par_el1 = "par_el1";
+    sctlr_el1 = "sctlr_el1";
+    sctlr_el2 = "sctlr_el2";
+    sp_el0 = "sp_el0";
+    sp_el1 = "sp_el1";
+    spsr_el1 = "spsr_el1";
+    spsr_el2 = "spsr_el2";
+    tcr_el1 = "tcr_el1";
+    tpidr_el0 = "tpidr_el0";
+    tpidr_el1 = "tpidr_el1";
+    tpidrro_el0 = "tpidrro_el0";
+    ttbr0_el1 = "ttbr0_el1";
+    ttbr1_el1 = "ttbr1_el1";
+    vbar_el1 = "vbar_el1";
+    vbar_el2 = "vbar_el2";
+    vmpidr_el2 = "vmpidr_el2";
+    vpidr_el2 = "vpidr_el2";
+    vtcr_el2 = "vtcr_el2";
+    vttbr_el2 = "vttbr_el2";
+    icc_igrpen0_el1 = "s3_0_c12_c12_6";
+    icc_igrpen1_el1 = "s3_0_c12_c12_7";
+    icc_pmr_el1 = "s3_0_c4_c6_0";
+    icc_sgi0r_el1 = "s3_0_c12_c11_7";
+    icc_sre_el1 = "s3_0_c12_c12_5";
+    icc_sre_el2 = "s3_4_c12_c9_5";
+    icc_sre_el3 = "s3_6_c12_c12_5";
+    icc_igrpen1_el3 = "s3_6_c12_c12_7";
+    ich_hcr_el2 = "s3_4_c12_c11_0";
+    ich_vmcr_el2 = "s3_4_c12_c11_7";
+    cptr_el3 = "cptr_el3";
+    mdcr_el3 = "mdcr_el3";
+}
+
+el3! {
+    scr_el3 = "scr_el3";
+    sctlr_el3 = "sctlr_el3";
+    tpidr_el3 = "tpidr_el3";
+}
+
+/// Acknowledges the highest-priority group 0 interrupt and ends it
+/// (`ICC_IAR0_EL1`, `ICC_EOIR0_EL1`); returns its number.
+pub fn icc_acknowledge_group0() -> u64 {
+    let id: u64;
+    // SAFETY: acts on the interrupt controller only.
+    unsafe {
+        asm!("mrs {0}, s3_0_c12_c8_0", "msr s3_0_c12_c8_1, {0}", "isb",
+             out(reg) id, options(nostack, preserves_flags));
+    }
+    id
+}
+
+/// Translates `va` by stage 1 of EL1 as a read (`AT S1E1R`); returns `PAR_EL1`
+/// and leaves that register as it was.
+#[must_use]
+pub fn translate_el1(va: u64) -> u64 {
+    let result: u64;
+    // SAFETY: AT reads translation tables of EL1 and changes PAR_EL1 only,
+    // which is put back: it is the caller's world's register.
+    unsafe {
+        asm!("mrs {saved}, par_el1", "at s1e1r, {va}", "isb", "mrs {result}, par_el1",
+             "msr par_el1, {saved}",
+             saved = out(reg) _, va = in(reg) va, result = out(reg) result,
+             options(nostack, preserves_flags));
+    }
+    result
+}
