@@ -43,18 +43,16 @@ pub struct Config {
 /// The pages measured so far.
 #[derive(Debug, Clone)]
 pub struct Launch {
-    pages: Sha256,
+    /// `None` until the first page.
+    pages: Option<Sha256>,
     /// First IPA that may come next.
     next: u64,
 }
 
-impl Default for Launch {
-    fn default() -> Self {
-        Self { pages: Sha256::new(), next: 0 }
-    }
-}
-
 impl Launch {
+    /// Nothing is measured.
+    pub const NEW: Self = Self { pages: None, next: 0 };
+
     /// Whether a page at `ipa` may come next: pages come in rising order.
     ///
     /// # Errors
@@ -67,8 +65,9 @@ impl Launch {
     pub fn add_page(&mut self, ipa: Ipa, content: &[u8; 4096]) {
         self.next = ipa.0.saturating_add(havmsi_abi::PAGE_SIZE);
         if content.iter().any(|b| *b != 0) {
-            self.pages.update(ipa.0.to_le_bytes());
-            self.pages.update(content);
+            let pages = self.pages.get_or_insert_default();
+            pages.update(ipa.0.to_le_bytes());
+            pages.update(content);
         }
     }
 
@@ -95,7 +94,7 @@ impl Launch {
             number(boot.pc);
             boot.x.into_iter().for_each(&mut number);
         }
-        hash.update(self.pages.clone().finalize());
+        hash.update(self.pages.clone().unwrap_or_default().finalize());
         hash.finalize().into()
     }
 }
@@ -114,7 +113,7 @@ mod tests {
 
     #[test]
     fn zero_pages_do_not_count_but_their_order_does() {
-        let mut launch = Launch::default();
+        let mut launch = Launch::NEW;
         let empty = digest(&launch);
         launch.add_page(Ipa(0x4000_0000), &[0; 4096]);
         assert_eq!(digest(&launch), empty);
@@ -126,17 +125,17 @@ mod tests {
     fn everything_measured_changes_the_digest() {
         let mut page = [0; 4096];
         page[4095] = 1;
-        let mut a = Launch::default();
+        let mut a = Launch::NEW;
         a.add_page(Ipa(0x4000_0000), &page);
-        let mut b = Launch::default();
+        let mut b = Launch::NEW;
         b.add_page(Ipa(0x4000_1000), &page);
         page[4095] = 2;
-        let mut c = Launch::default();
+        let mut c = Launch::NEW;
         c.add_page(Ipa(0x4000_0000), &page);
         let once = |idx, boot| core::iter::once((idx, boot));
         let other_boot = Boot { x: [1, 0, 0, 0], ..BOOT };
         let all = [
-            digest(&Launch::default()),
+            digest(&Launch::NEW),
             digest(&a),
             digest(&b),
             digest(&c),

@@ -129,22 +129,19 @@ fn check_page(pa: u64) -> Result<Pa, Error> {
 }
 
 impl Vm {
-    /// A free slot. `root` is two zeroed pages at an 8 KiB boundary.
-    #[must_use]
-    pub fn new(slot: VmSlot, root: Pa) -> Self {
-        Self {
-            phase: Phase::Free,
-            slot,
-            generation: 0,
-            config: Config::default(),
-            ram: [Range::default(); MAX_RAM_RANGES],
-            map: GuestMap::new(slot, root),
-            launch: Launch::default(),
-            vcpus: [None; MAX_VCPUS_PER_VM],
-            running: 0,
-            cntvoff: 0,
-        }
-    }
+    /// A slot without a VM.
+    pub const FREE: Self = Self {
+        phase: Phase::Free,
+        slot: VmSlot(0),
+        generation: 0,
+        config: Config { ipa_bits: 0, gic: 0, max_vcpus: 0 },
+        ram: [Range { base: 0, size: 0 }; MAX_RAM_RANGES],
+        map: GuestMap::new(VmSlot(0), Pa(0)),
+        launch: Launch::NEW,
+        vcpus: [None; MAX_VCPUS_PER_VM],
+        running: 0,
+        cntvoff: 0,
+    };
 
     /// The handle of the VM in this slot.
     #[must_use]
@@ -166,11 +163,18 @@ impl Vm {
         if self.exists() && self.handle() == handle { Ok(()) } else { Err(Error::Invalid) }
     }
 
-    /// Makes a VM in a free slot; gives its handle.
+    /// Makes a VM in this slot, which is number `slot`; gives its handle. `root`
+    /// is two zeroed pages at an 8 KiB boundary, kept for this slot.
     ///
     /// # Errors
     /// [`Error::Busy`] if the slot is taken, [`Error::Invalid`] for a bad configuration.
-    pub fn create(&mut self, config: Config, cntvoff: u64) -> Result<u64, Error> {
+    pub fn create(
+        &mut self,
+        slot: VmSlot,
+        root: Pa,
+        config: Config,
+        cntvoff: u64,
+    ) -> Result<u64, Error> {
         if self.phase != Phase::Free {
             return Err(Error::Busy);
         }
@@ -185,6 +189,8 @@ impl Vm {
         // After 2^32 VMs in one slot a stale handle could name a new VM.
         self.generation = self.generation.wrapping_add(1);
         self.phase = Phase::Open;
+        self.slot = slot;
+        self.map = GuestMap::new(slot, root);
         self.config = config;
         self.cntvoff = cntvoff;
         Ok(self.handle())
@@ -546,7 +552,7 @@ impl Vm {
             vcpu.boot = None;
             vcpu.starting = None;
         }
-        self.launch = Launch::default();
+        self.launch = Launch::NEW;
         self.phase = Phase::Open;
         Ok(())
     }
@@ -590,7 +596,7 @@ impl Vm {
             }
         }
         self.ram = [Range::default(); MAX_RAM_RANGES];
-        self.launch = Launch::default();
+        self.launch = Launch::NEW;
         self.phase = Phase::Free;
         Ok(())
     }
