@@ -1,2 +1,160 @@
-//! Build and test driver.
-fn main() {}
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask`: builds, runs and tests HA-VMSI on an emulated Arm machine.
+
+mod apt;
+mod build;
+mod cache;
+mod cpio;
+mod debs;
+mod dtb;
+mod image;
+mod kernel;
+mod machine;
+mod run;
+mod setup;
+mod sh;
+mod ui;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+
+/// Builds, runs and tests HA-VMSI.
+///
+/// Every verb first makes sure that the machine has what it needs: it lists what is missing
+/// and installs it (Debian packages as root or through sudo, Rust targets through rustup).
+/// What is slow to build is kept in a cache folder: $HAVMSI_CACHE, else
+/// $XDG_CACHE_HOME/havmsi, else ~/.cache/havmsi.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Cli {
+    /// Folder for logs and consoles [default: target/havmsi/logs/<verb>]
+    #[arg(long, global = true, value_name = "DIR")]
+    log: Option<PathBuf>,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Check this machine: list what is missing, then install it
+    Setup {
+        /// Only list; exit 1 if something is missing
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build the monitor's image and the arm64 programs
+    Build,
+    /// Build the kernel (Debian's source, our series, one image for host and guests)
+    Kernel {
+        /// Only count the lines that the series touches
+        #[arg(long)]
+        stat: bool,
+    },
+    /// Build the kernel and the root file systems of host and guest
+    Image,
+    /// Boot the emulated machine, start guests, attack them, compare with plain KVM
+    Run(run::Args),
+    /// Remove what was built
+    Clean {
+        /// Also empty the cache folder (kernel, images, downloads)
+        #[arg(long)]
+        cache: bool,
+    },
+}
+
+impl Verb {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Setup { .. } => "setup",
+            Self::Build => "build",
+            Self::Kernel { .. } => "kernel",
+            Self::Image => "image",
+            Self::Run(_) => "run",
+            Self::Clean { .. } => "clean",
+        }
+    }
+}
+
+/// What every verb gets.
+#[derive(Debug)]
+pub struct Ctx {
+    /// The checkout.
+    pub root: PathBuf,
+    /// The cache folder.
+    pub cache: cache::Cache,
+    /// Where logs go.
+    pub log_dir: PathBuf,
+}
+
+impl Ctx {
+    /// A file in the log folder.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.log_dir.join(name)
+    }
+
+    /// Cargo's target folder.
+    pub fn target_dir(&self) -> PathBuf {
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| self.root.join("target"), PathBuf::from)
+    }
+}
+
+fn clean(ctx: &Ctx, cache: bool) -> Result<()> {
+    let dir = ctx.target_dir().join("havmsi");
+    if dir.is_dir() {
+        std::fs::remove_dir_all(&dir)?;
+    }
+    println!("removed {}", dir.display());
+    if cache {
+        let bytes = ctx.cache.clean()?;
+        println!("emptied {} ({} MiB)", ctx.cache.dir.display(), bytes >> 20);
+    } else {
+        println!(
+            "kept {} (--cache empties it); `cargo clean` removes Cargo's own results",
+            ctx.cache.dir.display()
+        );
+    }
+    Ok(())
+}
+
+fn real_main() -> Result<()> {
+    let cli = Cli::parse();
+    sh::install_signal_handler()?;
+    let root =
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().context("no workspace")?.to_path_buf();
+    let mut ctx = Ctx { root, cache: cache::Cache::open()?, log_dir: PathBuf::new() };
+    ctx.log_dir = match cli.log {
+        Some(dir) => std::path::absolute(dir)?,
+        None => ctx.target_dir().join("havmsi/logs").join(format!(
+            "{}-{}",
+            cli.verb.name(),
+            std::process::id()
+        )),
+    };
+    match cli.verb {
+        Verb::Setup { check } => setup::main(&ctx, check),
+        Verb::Build => build::main(&ctx),
+        Verb::Kernel { stat } => kernel::main(&ctx, stat),
+        Verb::Image => image::main(&ctx),
+        Verb::Run(args) => run::main(&ctx, &args),
+        Verb::Clean { cache } => clean(&ctx, cache),
+    }
+}
+
+fn main() -> ExitCode {
+    match real_main() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let text = e.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
+            eprintln!("\nerror: {text}");
+            if text.contains("No space left on device") || text.contains("StorageFull") {
+                eprintln!(
+                    "the disk is full: free some space, run `cargo xtask clean --cache`, or set HAVMSI_CACHE to another disk"
+                );
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

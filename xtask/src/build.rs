@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What Cargo builds for the emulated machine: the monitor's flash image and the static
+//! arm64 programs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::setup::{self, Need, TARGETS};
+use crate::{Ctx, sh, ui};
+
+/// Static arm64 programs in `userland/`.
+pub const PROGRAMS: [&str; 3] = ["havmsi-agent", "havmsi-guest", "havmsi-vmm"];
+
+/// Secure flash of QEMU's `virt`: what the monitor's image must fit into.
+const FLASH: u64 = 64 << 20;
+
+fn cargo(ctx: &Ctx) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(&ctx.root).env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    command
+}
+
+/// Builds packages for a target in release mode; returns the folder with the results.
+fn release(ctx: &Ctx, target: &str, packages: &[&str], extra: &[&str]) -> Result<PathBuf> {
+    setup::ensure(ctx, &[Need::Targets])?;
+    let step = ui::Step::new(&format!("cargo build {}", packages.join(" ")), None);
+    let mut command = cargo(ctx);
+    command.args(["build", "--release", "--target", target]);
+    for package in packages {
+        command.args(["-p", package]);
+    }
+    sh::run(command.args(extra), &ctx.log("cargo.log"))?;
+    step.done();
+    Ok(ctx.target_dir().join(target).join("release"))
+}
+
+/// Makes a flat binary of an ELF file.
+fn flat(ctx: &Ctx, elf: &Path, to: &Path) -> Result<()> {
+    setup::ensure(ctx, &[Need::Binutils])?;
+    let mut command = Command::new("aarch64-linux-gnu-objcopy");
+    command.args(["-O", "binary"]).arg(elf).arg(to);
+    sh::run(&mut command, &ctx.log("cargo.log"))
+}
+
+/// The monitor.
+#[derive(Debug, Clone)]
+pub struct Monitor {
+    /// What `-bios` takes.
+    pub image: PathBuf,
+}
+
+/// Builds the monitor.
+pub fn monitor(ctx: &Ctx) -> Result<Monitor> {
+    let dir = release(ctx, TARGETS[0], &["havmsi-monitor"], &[])?;
+    let elf = dir.join("havmsi-monitor");
+    let image = dir.join("havmsi-monitor.bin");
+    flat(ctx, &elf, &image)?;
+    let size = fs::metadata(&image).context("no monitor image")?.len();
+    if size == 0 || size > FLASH {
+        bail!(
+            "the monitor's image has {size} bytes: it must be between 1 and {FLASH} (linker script?)"
+        );
+    }
+    Ok(Monitor { image })
+}
+
+/// Builds the arm64 user programs; returns their folder.
+pub fn programs(ctx: &Ctx) -> Result<PathBuf> {
+    release(ctx, TARGETS[1], &PROGRAMS, &[])
+}
+
+/// Builds the bare-metal payload; `None` while there is none in the tree.
+pub fn payload(ctx: &Ctx) -> Result<Option<PathBuf>> {
+    if !ctx.root.join("payload/Cargo.toml").is_file() {
+        return Ok(None);
+    }
+    let dir = release(ctx, TARGETS[0], &["havmsi-payload"], &[])?;
+    let image = dir.join("havmsi-payload.bin");
+    flat(ctx, &dir.join("havmsi-payload"), &image)?;
+    Ok(Some(image))
+}
+
+/// The `build` verb.
+pub fn main(ctx: &Ctx) -> Result<()> {
+    let monitor = monitor(ctx)?;
+    println!("{} ({} bytes)", monitor.image.display(), fs::metadata(&monitor.image)?.len());
+    let dir = programs(ctx)?;
+    for name in PROGRAMS {
+        println!("{}", dir.join(name).display());
+    }
+    if let Some(payload) = payload(ctx)? {
+        println!("{}", payload.display());
+    }
+    Ok(())
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Debian's arm64 QEMU and busybox for the emulated host: fetched by an apt that works in
+//! its own folder, so that this machine's package state and architecture stay as they are.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::cache::{Key, files_below};
+use crate::setup::{self, Need};
+use crate::{Ctx, apt, sh, ui};
+
+const WANTED: [&str; 2] = ["qemu-system-arm", "busybox-static"];
+
+/// The files that the emulated host needs, below one folder (`usr/bin/...`, `lib/...`).
+pub fn arm64_root(ctx: &Ctx) -> Result<PathBuf> {
+    let codename = apt::codename()?;
+    let key =
+        Key::new("arm64-root 2").value("release", &codename).value("packages", &WANTED.join(" "));
+    if !ctx.cache.place("arm64-root", &key).is_dir() {
+        setup::ensure(ctx, &[Need::Debs, Need::Binutils])?;
+    }
+    ctx.cache.entry("arm64-root", &key, |dir| {
+        ctx.cache.need_space(700)?;
+        let work = dir.join("work");
+        let step = ui::Step::new("arm64 QEMU and busybox: download", None);
+        let archives = download(ctx, &work, &codename)?;
+        step.done();
+        let step = ui::Step::new("arm64 QEMU and busybox: unpack", None);
+        unpack(ctx, &archives, &work.join("all"))?;
+        closure(&work.join("all"), &dir.join("root"))?;
+        let names: Vec<String> = archives
+            .iter()
+            .filter_map(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()))
+            .collect();
+        fs::write(dir.join("PACKAGES"), names.join("\n"))?;
+        fs::remove_dir_all(&work)?;
+        step.done();
+        Ok(())
+    })
+}
+
+/// An `apt-get` with a folder of its own.
+fn apt_get(work: &Path) -> Command {
+    let mut command = Command::new("apt-get");
+    let option = |name: &str, path: &str| format!("{name}={}", work.join(path).display());
+    command.args([
+        "-q",
+        "-o",
+        "APT::Architecture=arm64",
+        "-o",
+        "APT::Architectures::=arm64",
+        "-o",
+        "APT::Sandbox::User=",
+    ]);
+    for o in [
+        option("Dir::State", "state"),
+        option("Dir::State::status", "state/status"),
+        option("Dir::Cache", "cache"),
+        option("Dir::Etc::sourcelist", "none.list"),
+        option("Dir::Etc::sourceparts", "sources"),
+        option("Dir::Etc::preferences", "none"),
+        option("Dir::Etc::preferencesparts", "none.d"),
+    ] {
+        command.args(["-o", &o]);
+    }
+    command
+}
+
+fn download(ctx: &Ctx, work: &Path, codename: &str) -> Result<Vec<PathBuf>> {
+    for d in ["state/lists/partial", "cache/archives/partial", "sources", "none.d"] {
+        fs::create_dir_all(work.join(d))?;
+    }
+    fs::write(work.join("state/status"), "")?;
+    fs::write(
+        work.join("sources/debian.sources"),
+        apt::foreign_sources(&apt::machine_sources()?, codename)?,
+    )?;
+    let log = ctx.log("arm64-root.log");
+    sh::run(apt_get(work).arg("update"), &log).context(
+        "cannot read the package lists for arm64 (network? does your mirror carry arm64?)",
+    )?;
+    let suite = apt::new_suite(codename);
+    let mut install = apt_get(work);
+    install
+        .args(["install", "-y", "--download-only", "--no-install-recommends", "-t", &suite])
+        .args(WANTED);
+    sh::run(&mut install, &log).context("cannot download the arm64 packages")?;
+    let mut found = files_below(&work.join("cache/archives"))?;
+    found.retain(|p| p.extension().is_some_and(|e| e == "deb"));
+    if found.is_empty() {
+        bail!("apt downloaded nothing for arm64; see {}", log.display());
+    }
+    Ok(found)
+}
+
+fn unpack(ctx: &Ctx, archives: &[PathBuf], to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for deb in archives {
+        sh::run(Command::new("dpkg-deb").arg("-x").arg(deb).arg(to), &ctx.log("arm64-root.log"))?;
+    }
+    Ok(())
+}
+
+/// Copies busybox, QEMU and the shared libraries that QEMU needs.
+fn closure(all: &Path, root: &Path) -> Result<()> {
+    let mut libraries = BTreeMap::new();
+    for base in ["lib", "usr/lib"] {
+        for file in files_below(&all.join(base))? {
+            if let Some(name) = file.file_name().map(|n| n.to_string_lossy().into_owned())
+                && name.contains(".so")
+            {
+                libraries.entry(name).or_insert(file);
+            }
+        }
+    }
+    let busybox =
+        [all.join("bin/busybox"), all.join("usr/bin/busybox")].into_iter().find(|p| p.is_file());
+    put(&busybox.context("no busybox in the arm64 packages")?, &root.join("bin/busybox"))?;
+    let qemu = root.join("usr/bin/qemu-system-aarch64");
+    put(&all.join("usr/bin/qemu-system-aarch64"), &qemu)?;
+    let loader = libraries
+        .get("ld-linux-aarch64.so.1")
+        .context("no dynamic loader in the arm64 packages")?;
+    put(loader, &root.join("lib/ld-linux-aarch64.so.1"))?;
+    let mut todo = vec![qemu];
+    let mut missing = Vec::new();
+    while let Some(file) = todo.pop() {
+        for name in needed(&file)? {
+            let to = root.join("lib/aarch64-linux-gnu").join(&name);
+            if to.exists() || name.starts_with("ld-linux") {
+                continue;
+            }
+            let Some(from) = libraries.get(&name) else {
+                missing.push(name);
+                continue;
+            };
+            put(from, &to)?;
+            todo.push(to);
+        }
+    }
+    if !missing.is_empty() {
+        bail!("libraries missing from the arm64 packages: {}", missing.join(" "));
+    }
+    Ok(())
+}
+
+fn put(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    Ok(())
+}
+
+fn needed(file: &Path) -> Result<Vec<String>> {
+    let text = sh::output(Command::new("aarch64-linux-gnu-readelf").arg("-d").arg(file))?;
+    Ok(parse_needed(&text))
+}
+
+fn parse_needed(text: &str) -> Vec<String> {
+    text.lines()
+        .filter(|l| l.contains("(NEEDED)"))
+        .filter_map(|l| l.split_once('[')?.1.split_once(']').map(|(n, _)| n.to_owned()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn needed_lines() {
+        let text = " 0x01 (NEEDED)   Shared library: [libc.so.6]\n 0x0e (SONAME) Library soname: [libx.so]\n";
+        assert_eq!(parse_needed(text), ["libc.so.6"]);
+    }
+}

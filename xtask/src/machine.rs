@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The emulated machine: QEMU's command line, its consoles, and its end.
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use havmsi_abi::layout;
+
+use crate::dtb::{self, RAM_BASE};
+use crate::{setup, sh};
+
+/// The two machines that a run compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The kernel at EL2, plain KVM, no monitor.
+    Control,
+    /// The monitor at EL3, the kernel at EL1.
+    Havmsi,
+}
+
+impl Kind {
+    /// Short name, for logs and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Control => "control",
+            Self::Havmsi => "havmsi",
+        }
+    }
+}
+
+/// What machine to start.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// With or without the monitor.
+    pub kind: Kind,
+    /// CPUs of the host.
+    pub cpus: u32,
+    /// RAM of the host.
+    pub mem_mib: u64,
+    /// GIC version, 2 or 3.
+    pub gic: u32,
+    /// QEMU's CPU model.
+    pub cpu: String,
+    /// Kernel image, or a bare-metal payload.
+    pub kernel: PathBuf,
+    /// Initramfs.
+    pub initrd: PathBuf,
+    /// Kernel command line.
+    pub append: String,
+    /// The monitor's image (`Kind::Havmsi`).
+    pub monitor: Option<PathBuf>,
+    /// More arguments for QEMU.
+    pub extra: Vec<String>,
+}
+
+impl Config {
+    /// Machine, CPU and memory; `more` is appended to the machine's options.
+    pub fn machine_args(&self, command: &mut Command, more: &str) {
+        let secure = if self.kind == Kind::Havmsi { "secure=on," } else { "" };
+        command
+            .arg("-M")
+            .arg(format!("virt,{secure}virtualization=on,gic-version={}{more}", self.gic))
+            .args(["-cpu", &self.cpu])
+            .args(["-smp", &self.cpus.to_string()])
+            .args(["-m", &format!("{}M", self.mem_mib)])
+            .args(["-nic", "none"]);
+    }
+
+    /// The whole command, except for the consoles.
+    fn command(&self, dir: &Path) -> Result<Command> {
+        // QEMU ends when we do, even if we are killed without warning.
+        let mut command = if sh::have("setpriv") {
+            let mut c = Command::new("setpriv");
+            c.args(["--pdeathsig", "KILL", "--"]).arg(setup::qemu());
+            c
+        } else {
+            Command::new(setup::qemu())
+        };
+        self.machine_args(&mut command, "");
+        command.args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"]);
+        match self.kind {
+            Kind::Control => {
+                command
+                    .arg("-kernel")
+                    .arg(&self.kernel)
+                    .arg("-initrd")
+                    .arg(&self.initrd)
+                    .args(["-append", &self.append]);
+            }
+            Kind::Havmsi => {
+                let monitor =
+                    self.monitor.as_ref().context("no monitor image for the protected machine")?;
+                let dtb = dtb::build(self, dir)?;
+                let ram = self.mem_mib << 20;
+                command.arg("-bios").arg(monitor);
+                for (file, address) in [
+                    (&dtb, layout::host_dtb(RAM_BASE, ram)),
+                    (&self.kernel, layout::host_kernel(RAM_BASE, ram)),
+                    (&self.initrd, layout::host_initrd(RAM_BASE, ram)),
+                ] {
+                    command
+                        .arg("-device")
+                        .arg(format!("loader,file={},addr={address:#x},force-raw=on", comma(file)));
+                }
+                let seed = dir.join("seed.bin");
+                let mut bytes = [0; 64];
+                std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
+                fs::write(&seed, bytes)?;
+                command
+                    .arg("-fw_cfg")
+                    .arg(format!("name=opt/org.havmsi/seed,file={}", comma(&seed)));
+            }
+        }
+        command.args(&self.extra);
+        Ok(command)
+    }
+}
+
+/// QEMU's options separate by commas: one in a file name is doubled.
+fn comma(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// A machine that is running.
+#[derive(Debug)]
+pub struct Machine {
+    group: sh::Group,
+    lines: Receiver<String>,
+    dir: PathBuf,
+}
+
+/// Why waiting for a line ended.
+#[derive(Debug)]
+pub enum Event {
+    /// A line of the host's console.
+    Line(String),
+    /// QEMU is gone; whether it ended well.
+    End(bool),
+    /// Nothing came in time.
+    Silence,
+}
+
+impl Machine {
+    /// Starts a machine with its console read by us; logs go to `dir`.
+    pub fn start(config: &Config, dir: &Path) -> Result<Self> {
+        setup::qemu_version()?;
+        fs::create_dir_all(dir)?;
+        let mut command = config.command(dir)?;
+        command.args(["-chardev", "stdio,id=ns,signal=off", "-serial", "chardev:ns"]);
+        command.arg("-serial").arg(format!("file:{}", comma(&dir.join("monitor.log"))));
+        sh::write(&dir.join("command.txt"), format!("{}\n", sh::display(&command)))?;
+        let errors = File::create(dir.join("qemu.log"))?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+        let start = Instant::now();
+        let mut group = sh::Group::spawn(&mut command)?;
+        let output = group.child.stdout.take().context("no pipe from QEMU")?;
+        let mut log = File::create(dir.join("console.log"))?;
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).split(b'\n') {
+                let Ok(line) = line else { break };
+                let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+                // A full disk must not stop the machine: the log is an extra.
+                drop(writeln!(log, "[{:8.3}] {line}", start.elapsed().as_secs_f64()));
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { group, lines, dir: dir.to_path_buf() })
+    }
+
+    /// Waits for the next line or the end.
+    pub fn next(&mut self, timeout: Duration) -> Result<Event> {
+        match self.lines.recv_timeout(timeout) {
+            Ok(line) => Ok(Event::Line(line)),
+            Err(RecvTimeoutError::Timeout) => Ok(Event::Silence),
+            Err(RecvTimeoutError::Disconnected) => {
+                Ok(Event::End(self.group.child.wait()?.success()))
+            }
+        }
+    }
+
+    /// An error that shows the last of all consoles.
+    pub fn report(&self, what: &str) -> anyhow::Error {
+        let mut text = format!("{what}\nlogs: {}", self.dir.display());
+        for (title, name) in
+            [("host console", "console.log"), ("monitor", "monitor.log"), ("QEMU", "qemu.log")]
+        {
+            let tail = sh::tail(&self.dir.join(name), 8);
+            if !tail.trim().is_empty() {
+                text.push_str(&format!("\n  last of {title}:\n{tail}"));
+            }
+        }
+        anyhow::anyhow!(text)
+    }
+
+    /// Reads lines until `found` gives a value; an error says what was waited for.
+    pub fn wait_for<T>(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut found: impl FnMut(&str) -> Option<T>,
+    ) -> Result<T> {
+        let end = Instant::now() + limit;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.next(left)? {
+                Event::Line(line) => {
+                    if let Some(value) = found(&line) {
+                        return Ok(value);
+                    }
+                }
+                Event::End(ok) => {
+                    let how = if ok { "ended" } else { "died" };
+                    return Err(self.report(&format!("QEMU {how} while waiting for {what}")));
+                }
+                Event::Silence => {
+                    return Err(
+                        self.report(&format!("time-out: waited {} s for {what}", limit.as_secs()))
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Runs a machine on the user's own terminal (Ctrl-A X ends it).
+pub fn shell(config: &Config, dir: &Path) -> Result<()> {
+    setup::qemu_version()?;
+    fs::create_dir_all(dir)?;
+    let mut command = config.command(dir)?;
+    // QEMU's monitor is multiplexed onto the console: Ctrl-A X ends QEMU.
+    command.args([
+        "-chardev",
+        "stdio,id=ns,mux=on,signal=off",
+        "-serial",
+        "chardev:ns",
+        "-mon",
+        "chardev=ns,mode=readline",
+    ]);
+    command.arg("-serial").arg(format!("file:{}", comma(&dir.join("monitor.log"))));
+    sh::write(&dir.join("command.txt"), format!("{}\n", sh::display(&command)))?;
+    let status = command.status().context("cannot start QEMU")?;
+    if !status.success() {
+        bail!("QEMU failed ({status}); command line in {}", dir.join("command.txt").display());
+    }
+    Ok(())
+}
