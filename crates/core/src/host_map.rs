@@ -258,3 +258,6 @@ impl HostMap {
         entry.is_valid().then_some(entry)
     }
 }
+
+#[cfg(test)]
+mod tests;
