@@ -186,6 +186,12 @@ impl Machine {
         }
     }
 
+    /// The secure console so far.
+    pub fn monitor_log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.dir.join("monitor.log")).unwrap_or_default())
+            .into_owned()
+    }
+
     /// An error that shows the last of all consoles.
     pub fn report(&self, what: &str) -> anyhow::Error {
         let mut text = format!("{what}\nlogs: {}", self.dir.display());
@@ -199,35 +205,11 @@ impl Machine {
         }
         anyhow::anyhow!(text)
     }
+}
 
-    /// Reads lines until `found` gives a value; an error says what was waited for.
-    pub fn wait_for<T>(
-        &mut self,
-        what: &str,
-        limit: Duration,
-        mut found: impl FnMut(&str) -> Option<T>,
-    ) -> Result<T> {
-        let end = Instant::now() + limit;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match self.next(left)? {
-                Event::Line(line) => {
-                    if let Some(value) = found(&line) {
-                        return Ok(value);
-                    }
-                }
-                Event::End(ok) => {
-                    let how = if ok { "ended" } else { "died" };
-                    return Err(self.report(&format!("QEMU {how} while waiting for {what}")));
-                }
-                Event::Silence => {
-                    return Err(
-                        self.report(&format!("time-out: waited {} s for {what}", limit.as_secs()))
-                    );
-                }
-            }
-        }
-    }
+/// The line in which the monitor says that it stopped, if it did.
+pub fn epitaph(log: &str) -> Option<&str> {
+    log.lines().find(|l| l.contains("broken on CPU"))
 }
 
 /// Runs a machine on the user's own terminal (Ctrl-A X ends it).

@@ -8,11 +8,14 @@ mod cpio;
 mod debs;
 mod dtb;
 mod image;
+mod job;
 mod kernel;
 mod machine;
+mod report;
 mod run;
 mod setup;
 mod sh;
+mod tcb;
 mod ui;
 
 use std::path::PathBuf;
@@ -57,6 +60,12 @@ enum Verb {
     Image,
     /// Boot the emulated machine, start guests, attack them, compare with plain KVM
     Run(run::Args),
+    /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
+    Tcb {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Remove what was built
     Clean {
         /// Also empty the cache folder (kernel, images, downloads)
@@ -73,6 +82,7 @@ impl Verb {
             Self::Kernel { .. } => "kernel",
             Self::Image => "image",
             Self::Run(_) => "run",
+            Self::Tcb { .. } => "tcb",
             Self::Clean { .. } => "clean",
         }
     }
@@ -139,6 +149,7 @@ fn real_main() -> Result<()> {
         Verb::Kernel { stat } => kernel::main(&ctx, stat),
         Verb::Image => image::main(&ctx),
         Verb::Run(args) => run::main(&ctx, &args),
+        Verb::Tcb { json } => tcb::main(&ctx, json),
         Verb::Clean { cache } => clean(&ctx, cache),
     }
 }

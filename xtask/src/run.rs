@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `run` verb.
 
-use std::time::Duration;
+use std::fs::File;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 use clap::{Args as ClapArgs, ValueEnum};
+use serde_json::{Value, json};
 
-use crate::machine::{self, Config, Kind, Machine};
+use crate::image::{self, Images};
+use crate::job::{self, Limits, Outcome};
+use crate::machine::{self, Config, Kind};
+use crate::report::{self, Report, Seconds};
 use crate::setup::{self, Need};
-use crate::{Ctx, build, image};
+use crate::ui::Step;
+use crate::{Ctx, build, sh, tcb};
 
 /// CPU models that the machine was tried with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -65,27 +72,34 @@ pub struct Args {
     /// Another job for the host's agent (userland/README.md lists them)
     #[arg(long, default_value = "run")]
     pub job: String,
+    /// Write the result as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
     /// More words for the host's kernel command line
     #[arg(long, default_value = "", value_name = "WORDS")]
     pub append: String,
 }
 
 impl Args {
+    /// The machine that these options ask for.
     fn config(
         &self,
         kind: Kind,
-        images: &image::Images,
+        images: &Images,
         monitor: Option<&build::Monitor>,
         job: &str,
     ) -> Config {
-        let append = format!(
-            "console=ttyAMA0 panic=-1 {} havmsi.job={job} havmsi.guests={} havmsi.vcpus={} havmsi.gic={} {}",
-            if kind == Kind::Havmsi { "kvm-arm.mode=havmsi" } else { "kvm-arm.mode=nvhe" },
+        let mut append = format!(
+            "console=ttyAMA0 loglevel=5 panic=-1 kvm-arm.mode={} havmsi.job={job} havmsi.guests={} havmsi.vcpus={} havmsi.gic={}",
+            if kind == Kind::Havmsi { "havmsi" } else { "nvhe" },
             self.guests,
             self.vcpus,
             self.gic,
-            self.append
         );
+        if !self.append.is_empty() {
+            append.push(' ');
+            append.push_str(&self.append);
+        }
         Config {
             kind,
             cpus: self.cpus,
@@ -94,29 +108,152 @@ impl Args {
             cpu: self.cpu.name().to_owned(),
             kernel: images.kernel.image(),
             initrd: images.host.clone(),
-            append: append.trim_end().to_owned(),
+            append,
             monitor: monitor.map(|m| m.image.clone()),
             extra: vec![],
         }
     }
 }
 
+const LIMITS: Limits =
+    Limits { total: Duration::from_secs(420), silence: Duration::from_secs(120) };
+
+/// Runs the job on one machine, with a bar.
+fn one(ctx: &Ctx, config: &Config) -> Result<Outcome> {
+    let title = match config.kind {
+        Kind::Control => "plain KVM (control)",
+        Kind::Havmsi => "HA-VMSI",
+    };
+    let step = Step::new(title, None);
+    let outcome = job::run(config, &ctx.log_dir.join(config.kind.name()), LIMITS, |event| {
+        step.note(&describe(event))
+    })
+    .with_context(|| format!("the machine with {title}"))?;
+    step.done();
+    Ok(outcome)
+}
+
+/// An event in a few words.
+fn describe(event: &Value) -> String {
+    let text = |name: &str| event[name].as_str().unwrap_or_default();
+    match text("event") {
+        "progress" => {
+            format!("{} {}/{} {}", text("step"), event["done"], event["total"], text("text"))
+        }
+        "check" => format!("check {} {}", text("id"), text("result")),
+        "verdict" => format!("guest {} verified {} MiB", event["index"], event["verified_mib"]),
+        other => other.to_owned(),
+    }
+}
+
+/// What a single outcome says against itself.
+fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) -> Vec<String> {
+    let mut found = Vec::new();
+    match &outcome.done {
+        Some((true, _)) => {}
+        Some((false, text)) => found.push(format!("the job failed on {title}: {text}")),
+        None => found.push(format!("the job did not end on {title}")),
+    }
+    if must_verify {
+        for index in 0..guests {
+            match outcome.verdicts.get(&index) {
+                Some(v) if v.ok && v.booted && v.corrupt == 0 && v.verified_mib >= 16 => {}
+                Some(v) => found.push(format!(
+                    "guest {index} on {title}: booted {}, verified {} MiB, {} corrupt: {}",
+                    v.booted, v.verified_mib, v.corrupt, v.text
+                )),
+                None => found.push(format!("guest {index} on {title} gave no verdict")),
+            }
+        }
+    }
+    found
+}
+
 /// The `run` verb.
 pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
+    let start = Instant::now();
+    if let Some(path) = &args.json {
+        // Found out now rather than at the end.
+        File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
     setup::ensure(ctx, &[Need::Qemu, Need::Targets])?;
     let images = image::all(ctx)?;
-    let kind = if args.control { Kind::Control } else { Kind::Havmsi };
-    let monitor = if kind == Kind::Havmsi { Some(build::monitor(ctx)?) } else { None };
-    let dir = ctx.log_dir.join(kind.name());
+    let monitor = if args.control { None } else { Some(build::monitor(ctx)?) };
+    let config = |kind, job: &str| args.config(kind, &images, monitor.as_ref(), job);
     if args.shell {
-        return machine::shell(&args.config(kind, &images, monitor.as_ref(), "shell"), &dir);
+        let kind = if args.control { Kind::Control } else { Kind::Havmsi };
+        return machine::shell(&config(kind, "shell"), &ctx.log_dir.join(kind.name()));
     }
-    let mut machine =
-        Machine::start(&args.config(kind, &images, monitor.as_ref(), &args.job), &dir)?;
-    machine.wait_for("the job's last event", Duration::from_secs(600), |line| {
-        println!("{line}");
-        line.starts_with("@havmsi ")
-            .then(|| line.contains(r#""event":"done""#).then_some(()))
-            .flatten()
-    })
+    let mut seconds = Seconds { build: start.elapsed().as_secs_f64(), ..Seconds::default() };
+    let control =
+        if args.no_control { None } else { Some(one(ctx, &config(Kind::Control, &args.job))?) };
+    let havmsi =
+        if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi, &args.job))?) };
+    seconds.control = control.as_ref().map_or(0.0, |o| o.seconds);
+    seconds.havmsi = havmsi.as_ref().map_or(0.0, |o| o.seconds);
+    seconds.total = start.elapsed().as_secs_f64();
+
+    let rows = report::rows(control.as_ref(), havmsi.as_ref());
+    let mut problems = Vec::new();
+    if args.job == "run" {
+        problems = report::problems(&rows, control.is_some(), havmsi.is_some(), args.guests);
+    }
+    // In the control the attacks change the guests' memory: there they need not verify.
+    for (outcome, title, verify) in
+        [(&control, "plain KVM", false), (&havmsi, "HA-VMSI", args.job == "run")]
+    {
+        if let Some(outcome) = outcome {
+            problems.extend(complaints(outcome, title, args.guests, verify));
+        }
+    }
+    let guests = havmsi.as_ref().map(report::guests).unwrap_or_default();
+    print_result(&rows, &guests, &problems, ctx);
+    let report = Report {
+        result: if problems.is_empty() { "ok" } else { "fail" },
+        problems,
+        guests,
+        checks: rows,
+        tcb: if args.control { tcb::Summary::default() } else { tcb::count(ctx)? },
+        machine: json!({
+            "cpu": args.cpu.name(), "gic": args.gic, "cpus": args.cpus, "mem_mib": args.mem,
+            "guests": args.guests, "vcpus": args.vcpus, "qemu": setup::qemu_version()?,
+            "kernel": havmsi.as_ref().or(control.as_ref()).and_then(|o| o.start("kernel")).cloned(),
+            "logs": ctx.log_dir,
+        }),
+        seconds,
+    };
+    let text = serde_json::to_string_pretty(&report)? + "\n";
+    sh::write(&ctx.log("report.json"), &text)?;
+    if let Some(path) = &args.json {
+        sh::write(path, &text)?;
+    }
+    if report.result != "ok" {
+        bail!(
+            "the run failed: {} problem(s), see above; consoles in {}",
+            report.problems.len(),
+            ctx.log_dir.display()
+        );
+    }
+    Ok(())
+}
+
+fn print_result(rows: &[report::Row], guests: &[report::Guest], problems: &[String], ctx: &Ctx) {
+    if !rows.is_empty() {
+        println!("\n{}", report::table(rows));
+    }
+    for g in guests {
+        println!(
+            "guest {}: {}, {} vCPUs, verified {} MiB, {} corrupt, digest {}",
+            g.index,
+            if g.ok { "ok" } else { "NOT OK" },
+            g.vcpus,
+            g.verified_mib,
+            g.corrupt,
+            g.digest.as_deref().unwrap_or("-")
+        );
+    }
+    for problem in problems {
+        println!("PROBLEM {problem}");
+    }
+    println!("consoles: {}", ctx.log_dir.display());
 }

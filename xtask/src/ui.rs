@@ -48,6 +48,11 @@ impl Step {
         }
     }
 
+    /// Says what the step is busy with (terminal only).
+    pub fn note(&self, text: &str) {
+        self.bar.set_message(format!("{}: {text}", self.name));
+    }
+
     /// Ends the step.
     pub fn done(self) {
         let seconds = self.start.elapsed().as_secs_f32();
