@@ -92,6 +92,13 @@ impl SysregAccess {
         self.register >> 14
     }
 
+    /// The `CRm` and `op2` fields.
+    #[must_use]
+    pub const fn crm_op2(&self) -> (u8, u8) {
+        let [low, ..] = self.register.to_le_bytes();
+        (low >> 3 & 15, low & 7)
+    }
+
     /// Whether it is in the space of the ID registers that HCR_EL2.TID3 traps:
     /// `op0 = 3, op1 = 0, CRn = 0, CRm = 1..=7`.
     #[must_use]
@@ -192,11 +199,8 @@ pub enum Pending {
 pub enum Injection {
     /// Undefined Instruction (EC 0).
     Undefined,
-    /// Synchronous external abort on a data access or a fetch.
-    ExternalAbort {
-        /// On an instruction fetch.
-        fetch: bool,
-    },
+    /// Synchronous external abort, for the access that exited.
+    ExternalAbort,
 }
 
 /// What to do about an exit.
@@ -315,7 +319,7 @@ fn decide_abort(
     base: Exit,
 ) -> Action {
     let fetch = s.ec() == ec::INSTRUCTION_ABORT;
-    let abort = Action::Inject(Injection::ExternalAbort { fetch });
+    let abort = Action::Inject(Injection::ExternalAbort);
     let stage2 = matches!(s.esr & FSC_TYPE, FSC_TRANSLATION | FSC_PERMISSION | FSC_ACCESS_FLAG);
     if !stage2 || s.ipa.0 >> ipa_bits != 0 {
         return abort;
@@ -394,7 +398,7 @@ pub fn answer(pending: Pending, entry: &Entry) -> Result<Answer, Error> {
     if flags & !EntryFlags::ALL != 0 {
         return Err(Error::Invalid);
     }
-    let abort = Injection::ExternalAbort { fetch: false };
+    let abort = Injection::ExternalAbort;
     match (flags & EntryFlags::ANSWERS, pending) {
         (0, _) => Ok(Answer::Nothing),
         (EntryFlags::COMPLETE, Pending::Load(access)) => {

@@ -133,6 +133,7 @@ impl Page<Isolated> {
 pub struct Pages<'a> {
     ram: Ram,
     records: &'a [AtomicU16],
+    host: AtomicU64,
     private: AtomicU64,
     table: AtomicU64,
 }
@@ -146,6 +147,7 @@ impl<'a> Pages<'a> {
         (records.len() as u64 >= ram.page_count()).then_some(Self {
             ram,
             records,
+            host: AtomicU64::new(0),
             private: AtomicU64::new(0),
             table: AtomicU64::new(0),
         })
@@ -161,6 +163,7 @@ impl<'a> Pages<'a> {
     pub fn give_to_host(&self, pa: Pa) {
         if let Some(record) = self.record(pa) {
             record.store(Owner::Host.encode(), Ordering::Relaxed);
+            self.host.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -221,10 +224,11 @@ impl<'a> Pages<'a> {
         }
     }
 
-    /// Pages of VMs, for statistics; other CPUs may be moving pages meanwhile.
+    /// Pages of each kind, for statistics; other CPUs may be moving pages meanwhile.
     #[must_use]
     pub fn census(&self) -> Census {
         Census {
+            host: self.host.load(Ordering::Relaxed),
             private: self.private.load(Ordering::Relaxed),
             table: self.table.load(Ordering::Relaxed),
         }
@@ -232,9 +236,10 @@ impl<'a> Pages<'a> {
 
     fn counter(&self, owner: Owner) -> Option<&AtomicU64> {
         match owner {
+            Owner::Host | Owner::RunPage(_) => Some(&self.host),
             Owner::Private(_) => Some(&self.private),
             Owner::Table(_) => Some(&self.table),
-            Owner::Monitor | Owner::Host | Owner::RunPage(_) => None,
+            Owner::Monitor => None,
         }
     }
 }
@@ -242,6 +247,8 @@ impl<'a> Pages<'a> {
 /// Pages by owner.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Census {
+    /// The host's, run pages included.
+    pub host: u64,
     /// Table memory of VMs.
     pub table: u64,
     /// Private memory of VMs.
@@ -315,6 +322,6 @@ mod tests {
         pages.relabel(page, Owner::RunPage(VmSlot(3)));
         assert_eq!(pages.claim(pa, Owner::RunPage(VmSlot(4))).unwrap_err(), Error::Denied);
         assert_eq!(pages.claim(pa, Owner::Host).unwrap_err(), Error::Denied);
-        assert_eq!(pages.census(), Census::default());
+        assert_eq!(pages.census(), Census { host: 1, ..Census::default() });
     }
 }

@@ -229,6 +229,12 @@ impl Vm {
         self.ram.iter().any(|r| r.contains(ipa.0, PAGE_SIZE))
     }
 
+    /// `CNTVOFF_EL2` of all its vCPUs.
+    #[must_use]
+    pub const fn cntvoff(&self) -> u64 {
+        self.cntvoff
+    }
+
     /// The configuration.
     #[must_use]
     pub const fn config(&self) -> &Config {

@@ -89,6 +89,7 @@ macro_rules! el3 {
 
 read_only! {
     cntpct_el0 = "cntpct_el0";
+    elr_el3 = "elr_el3";
     esr_el3 = "esr_el3";
     far_el3 = "far_el3";
     id_aa64dfr0_el1 = "id_aa64dfr0_el1";
@@ -154,6 +155,7 @@ lower_level! {
     vpidr_el2 = "vpidr_el2";
     vtcr_el2 = "vtcr_el2";
     vttbr_el2 = "vttbr_el2";
+    icc_eoir0_el1 = "s3_0_c12_c8_1";
     icc_igrpen0_el1 = "s3_0_c12_c12_6";
     icc_igrpen1_el1 = "s3_0_c12_c12_7";
     icc_pmr_el1 = "s3_0_c4_c6_0";
@@ -174,14 +176,14 @@ el3! {
     tpidr_el3 = "tpidr_el3";
 }
 
-/// Acknowledges the highest-priority group 0 interrupt and ends it
-/// (`ICC_IAR0_EL1`, `ICC_EOIR0_EL1`); returns its number.
+/// Acknowledges the highest-priority group 0 interrupt (`ICC_IAR0_EL1`);
+/// returns its number, 1020 or more for none.
+#[must_use]
 pub fn icc_acknowledge_group0() -> u64 {
     let id: u64;
     // SAFETY: acts on the interrupt controller only.
     unsafe {
-        asm!("mrs {0}, s3_0_c12_c8_0", "msr s3_0_c12_c8_1, {0}", "isb",
-             out(reg) id, options(nostack, preserves_flags));
+        asm!("mrs {0}, s3_0_c12_c8_0", "dsb sy", out(reg) id, options(nostack, preserves_flags));
     }
     id
 }

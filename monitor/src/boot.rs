@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From the entry code to the host: the first CPU builds everything, the
+//! others come in behind it and wait for the host to turn them on.
+
+use core::arch::global_asm;
+use core::ptr;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use havmsi_abi::layout;
+use havmsi_hal::sysreg::scr_el3;
+use havmsi_hal::{barrier, cache, phys};
+
+use crate::cpu::{self, PER_CPU, PerCpu, this_cpu};
+use crate::platform::{self, AFFINITIES, MAX_CPUS};
+use crate::{exception, host, log, mmu, psci, vms};
+
+/// log2 of the bytes between two CPUs' words in the pen: more than a cache
+/// line, so that cleaning one writes over no other.
+const PEN_SHIFT: usize = 8;
+/// In a pen: the CPU is there.
+const PEN_WAITING: u64 = 0x5741_4954;
+/// In a pen: the CPU may come in.
+const PEN_GO: u64 = 0x474f_474f;
+
+global_asm!(
+    include_str!("entry.S"),
+    affinities = sym AFFINITIES,
+    max_cpus = const MAX_CPUS,
+    pen_shift = const PEN_SHIFT,
+    pen_waiting = const PEN_WAITING,
+    pen_go = const PEN_GO,
+    stack_stride = const mmu::STACK_STRIDE,
+    per_cpu = sym PER_CPU,
+    per_cpu_size = const size_of::<PerCpu>(),
+    per_cpu_stack = const cpu::STACK_OFFSET,
+    build_tables = sym mmu::build_tables,
+    root = sym mmu::ROOT,
+    start = sym start,
+);
+
+global_asm!(
+    include_str!("vectors.S"),
+    per_cpu_frame = const cpu::FRAME_OFFSET,
+    per_cpu_stack = const cpu::STACK_OFFSET,
+    per_cpu_emergency = const cpu::EMERGENCY_OFFSET,
+    frame_spsr = const cpu::FRAME_SPSR,
+    from_lower = sym exception::exception_from_lower,
+    from_self = sym exception::exception_from_self,
+);
+
+unsafe extern "C" {
+    static PENS: [[AtomicU64; 1 << (PEN_SHIFT - 3)]; MAX_CPUS];
+    fn resume_current() -> !;
+}
+
+/// Called by entry.S on each CPU, with MMU and caches on.
+extern "C" fn start(number: usize) -> ! {
+    this_cpu().init(number);
+    // SAFETY: the value keeps EL3 secure and gives lower levels the normal
+    // world only.
+    unsafe { scr_el3::write(host::SCR) };
+    barrier::isb();
+    if number == 0 { first() } else { other() }
+}
+
+fn first() -> ! {
+    log::init();
+    let facts = platform::facts();
+    mmu::map_ram(&facts.ram);
+    // SAFETY: just mapped so; all of the monitor's objects lie in secure RAM.
+    unsafe { phys::set_ram(&facts.ram) };
+    let gic = platform::gic();
+    gic.init_distributor();
+    gic.init_cpu();
+    let size: u64 = facts.ram.banks().iter().map(|bank| bank.size).sum();
+    crate::log!(
+        "version {}, {} MiB of RAM, {} CPUs, GICv{}, {}",
+        env!("CARGO_PKG_VERSION"),
+        size >> 20,
+        facts.cpus,
+        gic.version(),
+        if facts.seed.is_some() { "seeded" } else { "no seed" }
+    );
+    if let Some(seed) = &facts.seed {
+        vms::seed(seed);
+    }
+    host::build(facts, gic);
+    psci::init(facts.cpus);
+    for cpu in 1..facts.cpus {
+        let_in(cpu);
+    }
+    let base = facts.ram.banks()[0];
+    let kernel = layout::host_kernel(base.base, base.size);
+    host::enter(kernel, layout::host_dtb(base.base, base.size));
+    resume()
+}
+
+fn other() -> ! {
+    host::world().gic.init_cpu();
+    psci::sleep(this_cpu().number());
+    resume()
+}
+
+fn resume() -> ! {
+    // SAFETY: `init` set the current frame to the host's and `host::enter`
+    // filled it; nothing on this stack is needed any more.
+    unsafe { resume_current() }
+}
+
+/// Opens the pen of a CPU that was there at reset. It reads the word with its
+/// caches off. No effect once it is in.
+pub fn let_in(cpu: usize) {
+    // SAFETY: `PENS` lies in secure RAM, mapped like .data; entry.S makes one
+    // element for each CPU, and accesses are atomic.
+    let pens = unsafe { &PENS };
+    let Some(pen) = pens.get(cpu) else { return };
+    pen[0].store(PEN_GO, Ordering::Release);
+    cache::clean_invalidate(ptr::from_ref(pen).addr(), size_of_val(pen));
+    barrier::sev();
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The record of each CPU, and the frame of what it interrupted.
+
+use core::cell::{Cell, UnsafeCell};
+use core::ptr;
+
+use havmsi_hal::sysreg::tpidr_el3;
+
+use crate::platform::MAX_CPUS;
+
+/// General registers, PC and PSTATE of a world that is not running. The
+/// vectors (vectors.S) know this layout.
+#[repr(C, align(16))]
+pub struct Frame {
+    /// x0 to x30.
+    pub x: [u64; 31],
+    /// Program counter.
+    pub elr: u64,
+    /// PSTATE.
+    pub spsr: u64,
+}
+
+impl Frame {
+    /// All zero.
+    pub const fn new() -> Self {
+        Self { x: [0; 31], elr: 0, spsr: 0 }
+    }
+}
+
+/// What a CPU has for itself.
+#[repr(C, align(64))]
+pub struct PerCpu {
+    frame: Cell<*mut Frame>,
+    stack: Cell<usize>,
+    emergency: Cell<usize>,
+    number: Cell<usize>,
+    host: UnsafeCell<Frame>,
+}
+
+// SAFETY: each CPU reaches its own element only (`this_cpu`, TPIDR_EL3); the
+// fields are set before that CPU runs anything else.
+unsafe impl Sync for PerCpu {}
+
+pub const FRAME_OFFSET: usize = core::mem::offset_of!(PerCpu, frame);
+pub const STACK_OFFSET: usize = core::mem::offset_of!(PerCpu, stack);
+pub const EMERGENCY_OFFSET: usize = core::mem::offset_of!(PerCpu, emergency);
+pub const FRAME_SPSR: usize = core::mem::offset_of!(Frame, spsr);
+const _: () = assert!(core::mem::offset_of!(Frame, elr) == 31 * 8);
+
+pub static PER_CPU: [PerCpu; MAX_CPUS] = [const {
+    PerCpu {
+        frame: Cell::new(ptr::null_mut()),
+        stack: Cell::new(0),
+        emergency: Cell::new(0),
+        number: Cell::new(0),
+        host: UnsafeCell::new(Frame::new()),
+    }
+}; MAX_CPUS];
+
+const EMERGENCY_SIZE: usize = 2048;
+
+/// For the epitaph, if a CPU's stack is what broke.
+#[repr(C, align(16))]
+pub struct EmergencyStack(UnsafeCell<[u8; EMERGENCY_SIZE]>);
+
+// SAFETY: used as a stack by its own CPU only; Rust makes no reference to it.
+unsafe impl Sync for EmergencyStack {}
+
+static EMERGENCY: [EmergencyStack; MAX_CPUS] =
+    [const { EmergencyStack(UnsafeCell::new([0; EMERGENCY_SIZE])) }; MAX_CPUS];
+
+/// The record of the CPU that asks.
+pub fn this_cpu() -> &'static PerCpu {
+    let at = ptr::with_exposed_provenance::<PerCpu>(havmsi_core::addr::index(tpidr_el3::read()));
+    // SAFETY: entry.S set TPIDR_EL3 to this CPU's element of `PER_CPU`, and
+    // nothing else writes it.
+    unsafe { &*at }
+}
+
+impl PerCpu {
+    /// Completes the record; `number` is the CPU's own.
+    pub fn init(&self, number: usize) {
+        self.number.set(number);
+        let stack = EMERGENCY[number].0.get();
+        self.emergency.set(stack.addr() + EMERGENCY_SIZE);
+        self.resume_host_next();
+    }
+
+    /// The CPU's number in the platform's table.
+    pub fn number(&self) -> usize {
+        self.number.get()
+    }
+
+    /// The host is what the way out of the monitor resumes.
+    pub fn resume_host_next(&self) {
+        self.frame.set(self.host.get());
+    }
+
+    /// `frame` is what the way out of the monitor resumes.
+    ///
+    /// # Safety
+    /// The frame must stay in place, and be touched by this CPU's exceptions
+    /// only, until another one is set.
+    pub unsafe fn resume_next(&self, frame: *mut Frame) {
+        self.frame.set(frame);
+    }
+
+    /// Whether the host is the current world.
+    pub fn in_host(&self) -> bool {
+        ptr::eq(self.frame.get(), self.host.get())
+    }
+
+    /// Runs `f` on the host's frame. Calls must not be nested.
+    pub fn with_host<R>(&self, f: impl FnOnce(&mut Frame) -> R) -> R {
+        // SAFETY: of this CPU, whose exceptions don't nest; only the two
+        // `with_` functions make references to it, one at a time.
+        f(unsafe { &mut *self.host.get() })
+    }
+}

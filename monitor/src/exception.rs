@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Everything that comes to EL3: from the host, from a guest, or (never, if
+//! all is well) from the monitor itself.
+
+use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use havmsi_core::exit::{SysregAccess, ec, write_register};
+use havmsi_core::idreg::{self, World};
+use havmsi_core::inject::{self, spsr};
+use havmsi_hal::barrier;
+use havmsi_hal::sysreg::{
+    elr_el1, elr_el2, elr_el3, esr_el1, esr_el2, esr_el3, far_el1, far_el3, sctlr_el1, spsr_el1,
+    spsr_el2, vbar_el1,
+};
+
+use crate::cpu::{Frame, this_cpu};
+use crate::run::{self, Cause};
+use crate::{dispatch, host, host_abort, log, platform, psci};
+
+const EC_SHIFT: u32 = 26;
+/// PSTATE: BTYPE, software step.
+const PSTATE_STEP: u64 = 0b11 << 10 | 1 << 21;
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// An exception from a lower exception level; its state is in the current
+/// frame. `kind` is numbered in vectors.S.
+pub extern "C" fn exception_from_lower(kind: u64) {
+    let cause = match kind {
+        0 => Cause::Synchronous,
+        3 => Cause::SError,
+        _ => Cause::Interrupt,
+    };
+    let cpu = this_cpu();
+    if !cpu.in_host() {
+        run::guest_exit(cause);
+    } else if cpu.with_host(|frame| frame.spsr & spsr::MODE == spsr::EL2H) {
+        // In the EL2 vector, at its `smc` or ahead of it (an interrupt came
+        // first and comes again): what counts is what brought it there.
+        cpu.with_host(|frame| {
+            frame.elr = elr_el2::read();
+            frame.spsr = spsr_el2::read();
+            from_host_el2(frame);
+        });
+    } else {
+        match cause {
+            Cause::Synchronous => from_host(),
+            Cause::Interrupt => interrupt(),
+            // Not routed to EL3 while the host runs.
+            Cause::SError => {}
+        }
+    }
+}
+
+/// The monitor's own interrupt.
+pub fn interrupt() {
+    host::world().gic.acknowledge();
+    stop_if_told();
+}
+
+/// Ends this CPU if another one broke.
+pub fn stop_if_told() {
+    if STOP.load(Ordering::Acquire) {
+        halt();
+    }
+}
+
+/// Traps of the host through the EL2 vector.
+fn from_host_el2(frame: &mut Frame) {
+    let esr = esr_el2::read();
+    match esr >> EC_SHIFT {
+        ec::DATA_ABORT | ec::INSTRUCTION_ABORT => host_abort::handle(frame, esr),
+        ec::SYSREG => {
+            let access = SysregAccess::decode(esr);
+            if access.is_id() && access.read {
+                id_read(frame, access, World::Host);
+            } else {
+                inject_undefined(frame);
+            }
+        }
+        _ => inject_undefined(frame),
+    }
+}
+
+/// Exceptions of the host taken to EL3 itself.
+fn from_host() {
+    let cpu = this_cpu();
+    // The PC is behind the SMC already.
+    let call = esr_el3::read() >> EC_SHIFT == ec::SMC64
+        && cpu.with_host(|frame| frame.spsr & spsr::MODE != 0);
+    if !call {
+        cpu.with_host(inject_undefined);
+        return;
+    }
+    let mut args: [u64; 8] = cpu.with_host(|f| core::array::from_fn(|i| f.x[i]));
+    // The identifier is 32 bits wide; of an SMC32, so are the arguments.
+    let function = low32(args[0]);
+    if function & havmsi_core::psci::id::SMC64 == 0 {
+        args = args.map(|arg| u64::from(low32(arg)));
+    }
+    if let Some(result) = psci::call(function, &args) {
+        cpu.with_host(|frame| frame.x[0] = result);
+    } else if let Some(results) = dispatch::host_call(function, &args) {
+        cpu.with_host(|frame| frame.x[..results.len()].copy_from_slice(&results));
+    }
+}
+
+/// The lower half.
+pub const fn low32(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
+/// Answers a read of an identification register.
+pub fn id_read(frame: &mut Frame, access: SysregAccess, world: World) {
+    let [low, ..] = access.register.to_le_bytes();
+    let (crm, op2) = (low >> 3 & 15, low & 7);
+    let value = idreg::visible(crm, op2, havmsi_hal::idreg::raw(crm, op2), world);
+    write_register(&mut frame.x, access.rt, value);
+    step(frame);
+}
+
+/// Moves the PC over the instruction that was emulated.
+pub fn step(frame: &mut Frame) {
+    frame.elr = frame.elr.wrapping_add(4);
+    frame.spsr &= !PSTATE_STEP;
+}
+
+/// The current world takes an Undefined Instruction exception at EL1.
+pub fn inject_undefined(frame: &mut Frame) {
+    inject(frame, inject::undefined());
+}
+
+/// The current world takes a synchronous external abort at EL1 for the access
+/// to the address `far` that a stage-2 abort with `ESR_EL2` = `esr` told of.
+pub fn inject_external_abort(frame: &mut Frame, esr: u64, far: u64) {
+    far_el1::write(far);
+    inject(frame, inject::external_abort(esr, frame.spsr));
+}
+
+fn inject(frame: &mut Frame, esr: u64) {
+    let entry = inject::synchronous(frame.spsr, sctlr_el1::read(), vbar_el1::read());
+    esr_el1::write(esr);
+    elr_el1::write(frame.elr);
+    spsr_el1::write(frame.spsr);
+    frame.elr = entry.pc;
+    frame.spsr = entry.pstate;
+}
+
+/// An exception of the monitor's own code: it is broken. No register of
+/// anyone is shown but EL3's own syndrome.
+pub extern "C" fn exception_from_self(kind: u64) -> ! {
+    stop_others();
+    log::last_words(format_args!(
+        "broken on CPU {}: exception {kind} at EL3, ESR {:#x}, ELR {:#x}, FAR {:#x}",
+        this_cpu().number(),
+        esr_el3::read(),
+        elr_el3::read(),
+        far_el3::read()
+    ));
+    halt()
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    stop_others();
+    log::last_words(format_args!("broken on CPU {}: {info}", this_cpu().number()));
+    halt()
+}
+
+/// Fetches all other CPUs out of the normal world, for good.
+fn stop_others() {
+    if STOP.swap(true, Ordering::AcqRel) {
+        halt();
+    }
+    let gic = platform::gic();
+    for (cpu, &affinity) in platform::AFFINITIES.iter().enumerate() {
+        if cpu != this_cpu().number() {
+            gic.send(affinity, cpu);
+        }
+    }
+}
+
+fn halt() -> ! {
+    loop {
+        barrier::wfi();
+    }
+}

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The host's world: its RAM and map, and the registers that hold it in.
+
+use core::sync::atomic::AtomicU16;
+
+use havmsi_abi::PAGE_SIZE;
+use havmsi_abi::layout::{carveout, carveout_size};
+use havmsi_core::addr::{Ipa, Pa};
+use havmsi_core::host_map::HostMap;
+use havmsi_core::inject::spsr;
+use havmsi_core::page::Pages;
+use havmsi_core::stage2;
+use havmsi_core::vm::Machine as Transitions;
+use havmsi_hal::gic::Gic;
+use havmsi_hal::machine::Machine;
+use havmsi_hal::sysreg::{
+    cnthctl_el2, cnthp_ctl_el2, cntp_ctl_el0, cntv_ctl_el0, cntvoff_el2, cptr_el2, cptr_el3,
+    hstr_el2, icc_sre_el2, id_aa64mmfr0_el1, mdcr_el2, mdcr_el3, midr_el1, mpidr_el1, scr_el3,
+    sctlr_el2, vbar_el2, vmpidr_el2, vpidr_el2, vtcr_el2,
+};
+use havmsi_hal::world::{self, El1State, Stage2};
+use havmsi_hal::{cache, phys, tlb};
+use spin::Once;
+use spin::mutex::TicketMutex;
+
+use crate::cpu::{Frame, this_cpu};
+use crate::mmu;
+use crate::platform::{self, Facts};
+
+/// All that is shared between the CPUs.
+pub struct World {
+    /// What was found at boot.
+    pub facts: Facts,
+    /// The interrupt controller.
+    pub gic: Gic,
+    /// The hardware, for the pure part.
+    pub machine: Machine,
+    /// Who owns which page.
+    pub pages: Pages<'static>,
+    /// The host's stage-2.
+    map: TicketMutex<HostMap>,
+}
+
+impl Transitions for World {
+    type Hw = Machine;
+
+    fn hw(&self) -> &Machine {
+        &self.machine
+    }
+
+    fn pages(&self) -> &Pages<'_> {
+        &self.pages
+    }
+
+    fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
+        f(&mut self.map.lock())
+    }
+}
+
+static WORLD: Once<World> = Once::new();
+
+/// What all CPUs share; built before the second one comes in.
+pub fn world() -> &'static World {
+    match WORLD.get() {
+        Some(world) => world,
+        None => panic!("used before it was built"),
+    }
+}
+
+/// `smc #0`.
+const SMC: u64 = 0xd400_0003;
+
+/// Builds the carve-out, the ownership records and the host's map.
+pub fn build(facts: Facts, gic: Gic) {
+    let first = facts.ram.banks()[0];
+    let reserved = carveout_size(first.size);
+    for at in (0..reserved).step_by(4096) {
+        phys::zero_page(Pa(first.base + at));
+    }
+    // The hollow EL2: all sixteen vectors, and nothing else (EL2 could not
+    // fetch from secure memory).
+    let vectors = Pa(first.base + carveout::EL2_VECTORS);
+    for vector in 0..16 {
+        phys::write(vectors.offset(vector * 0x80), SMC);
+    }
+    phys::flush_page(vectors);
+    cache::invalidate_icache_all();
+
+    let root = Pa(first.base + carveout::HOST_ROOT);
+    let machine = Machine { host_vttbr: stage2::vttbr(root, 0) };
+    let devices = platform::host_devices(facts.cpus, gic.version());
+    let Ok(map) = HostMap::new(&machine, facts.ram, reserved, devices) else {
+        panic!("the platform's RAM or devices can't be mapped");
+    };
+    let records: &'static [AtomicU16] = mmu::claim_records(facts.ram.page_count());
+    let Some(pages) = Pages::new(facts.ram, records) else {
+        panic!("more RAM than secure RAM can hold records for");
+    };
+    for (i, bank) in facts.ram.banks().iter().enumerate() {
+        let skip = if i == 0 { reserved } else { 0 };
+        for at in (skip..bank.size).step_by(4096) {
+            pages.give_to_host(Pa(bank.base + at));
+        }
+    }
+    WORLD.call_once(|| World { facts, gic, machine, pages, map: TicketMutex::new(map) });
+}
+
+/// SCR_EL3 in the host (Arm ARM D24.2.146): non-secure, EL2 and EL1 AArch64,
+/// FIQ (group 0: the monitor's) to EL3, no HVC, no fetch from non-secure memory
+/// at EL3 (SIF); limited ordering regions and error records trap (bits that a
+/// CPU without them ignores). All that later versions gate here stays off:
+/// pointer authentication, MTE, FGT, HCRX, TCR2, SCXTNUM and the rest trap.
+pub const SCR: u64 = {
+    const NS: u64 = 1;
+    const FIQ: u64 = 1 << 2;
+    const RES1: u64 = 0b11 << 4;
+    const SIF: u64 = 1 << 9;
+    const RW: u64 = 1 << 10;
+    const TLOR: u64 = 1 << 14;
+    const TERR: u64 = 1 << 15;
+    NS | FIQ | RES1 | SIF | RW | TLOR | TERR
+};
+
+/// SCR_EL3 in a guest: all interrupts and external aborts come to EL3, and HVC
+/// goes to EL2.
+pub const SCR_GUEST: u64 = {
+    const IRQ: u64 = 1 << 1;
+    const EA: u64 = 1 << 3;
+    const HCE: u64 = 1 << 8;
+    SCR | IRQ | EA | HCE
+};
+
+/// HCR_EL2 in the host (D24.2.56): stage-2 on, set/way invalidation cleans too,
+/// ID registers and implementation-defined ones trap, EL1 is AArch64.
+const HCR: u64 = {
+    const VM: u64 = 1;
+    const SWIO: u64 = 1 << 1;
+    const TID3: u64 = 1 << 18;
+    const TIDCP: u64 = 1 << 20;
+    const RW: u64 = 1 << 31;
+    VM | SWIO | TID3 | TIDCP | RW
+};
+
+/// CPTR_EL3: trace (TTA) and activity monitors (TAM) trap; SVE and SME are off
+/// (EZ and ESM are 0).
+pub const CPTR_EL3: u64 = 1 << 30 | 1 << 20;
+
+/// CPTR_EL2: RES1 bits, among them those that trap SVE and SME; trace traps.
+const CPTR_EL2: u64 = 1 << 20 | 0x33ff;
+
+/// MDCR_EL3: no secure debug (SPD32, SDD), no external access to the debug and
+/// PMU registers (EDAD, EPMAD), PMU and trace filters trap (TPM, TTRF). The
+/// buffers of SPE, TRBE and BRBE are the secure world's: their registers trap.
+const MDCR_EL3: u64 = {
+    const TPM: u64 = 1 << 6;
+    const SPD32: u64 = 0b10 << 14;
+    const SDD: u64 = 1 << 16;
+    const TTRF: u64 = 1 << 19;
+    const EDAD: u64 = 1 << 20;
+    const EPMAD: u64 = 1 << 21;
+    TPM | SPD32 | SDD | TTRF | EDAD | EPMAD
+};
+
+/// MDCR_EL2: the PMU traps (TPM, TPMCR); HPMN, which splits the counters that
+/// nobody gets, is not 0 (not allowed before FEAT_HPMN0).
+pub const MDCR_EL2: u64 = 1 << 6 | 1 << 5 | 1;
+
+/// CNTHCTL_EL2: EL1 may use the physical counter and timer.
+const CNTHCTL: u64 = 0b11;
+
+/// ICC_SRE_EL2: system registers on, EL1 may ask for them, no bypass.
+const ICC_SRE: u64 = 0xf;
+
+/// Puts what holds lower levels in, and is the same for the host and guests,
+/// into force on this CPU: whatever the registers held after power-off.
+fn set_up_cpu() {
+    cptr_el3::write(CPTR_EL3);
+    mdcr_el3::write(MDCR_EL3);
+    cptr_el2::write(CPTR_EL2);
+    hstr_el2::write(0);
+    cnthp_ctl_el2::write(0);
+    cntvoff_el2::write(0);
+    vpidr_el2::write(midr_el1::read());
+    // EL2: MMU off; nothing runs there but the vectors.
+    sctlr_el2::write(0x30c5_0830);
+    let base = world().facts.ram.banks()[0].base;
+    vbar_el2::write(base + carveout::EL2_VECTORS);
+    vtcr_el2::write(stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5)));
+}
+
+/// Makes the host the world of this CPU, with `el1` in its registers: the one
+/// way there (I10), from power-off and from a guest. A guest's counter offset
+/// stays until the host has it changed: it serves that guest's timer.
+pub fn enter_again(el1: &El1State) {
+    let world = world();
+    // SAFETY: lower levels get the normal world only, and EL3 stays secure.
+    unsafe { scr_el3::write(SCR) };
+    mdcr_el2::write(MDCR_EL2);
+    cnthctl_el2::write(CNTHCTL);
+    vmpidr_el2::write(mpidr_el1::read());
+    if world.gic.version() == 3 {
+        icc_sre_el2::write(ICC_SRE);
+    }
+    world::switch_to(el1, Stage2 { vttbr: world.machine.host_vttbr, hcr: HCR });
+}
+
+/// This CPU enters the host at `entry` when the monitor is left: at EL1, as
+/// after reset, with `x0` = `context`.
+pub fn enter(entry: u64, context: u64) {
+    set_up_cpu();
+    enter_again(&El1State::RESET);
+    cntv_ctl_el0::write(0);
+    cntp_ctl_el0::write(0);
+    // Nothing of before the reset is left in the TLB or instruction cache.
+    tlb::invalidate_local_all();
+    cache::invalidate_icache_all();
+    let cpu = this_cpu();
+    cpu.resume_host_next();
+    cpu.with_host(|frame| {
+        *frame = Frame::new();
+        frame.x[0] = context;
+        frame.elr = entry;
+        frame.spsr = spsr::DAIF | spsr::EL1H;
+    });
+}
+
+/// Whether the host may run code at `address`.
+pub fn is_executable(address: u64) -> bool {
+    let world = world();
+    address.is_multiple_of(4)
+        && world
+            .map
+            .lock()
+            .lookup(&world.machine, Ipa(address & !(PAGE_SIZE - 1)))
+            .is_some_and(|leaf| leaf.is_executable())
+}

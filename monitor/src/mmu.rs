@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! EL3's own translation: an identity map with 39-bit addresses, no page both
+//! writable and executable (WXN is set too). The image's tables are made with
+//! the MMU off, RAM is added once its size is known; nothing changes later.
+//! Flash is not mapped. (Arm ARM D8.2, D8.3.)
+
+use core::ptr::with_exposed_provenance_mut;
+use core::slice;
+use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+
+use havmsi_core::addr::index;
+use havmsi_core::ram::{Ram, Range};
+use havmsi_hal::tlb;
+
+use crate::platform::{EL3_DEVICES, MAX_CPUS, SECURE_RAM, SECURE_RAM_SIZE};
+
+const ENTRIES: usize = 512;
+const PAGE: u64 = 4096;
+const BLOCK2: u64 = 2 << 20;
+const BLOCK1: u64 = 1 << 30;
+
+#[repr(C, align(4096))]
+pub struct Table([AtomicU64; ENTRIES]);
+
+impl Table {
+    const fn new() -> Self {
+        Self([const { AtomicU64::new(0) }; ENTRIES])
+    }
+
+    /// Plain stores: also with the MMU off, where exclusives don't work.
+    fn set(&self, slot: u64, value: u64) {
+        self.0[index(slot) % ENTRIES].store(value, Ordering::Relaxed);
+    }
+
+    fn descriptor(&self) -> u64 {
+        core::ptr::from_ref(self).addr() as u64 | TABLE
+    }
+}
+
+/// Level 1: 512 GiB.
+pub static ROOT: Table = Table::new();
+/// Level 2: the first GiB, with secure RAM and the devices.
+static LOW: Table = Table::new();
+/// Level 3: the 2 MiB that hold the image.
+static IMAGE: Table = Table::new();
+/// Level 2: the last, partial GiB of each bank of RAM.
+static TAILS: [Table; havmsi_core::ram::MAX_BANKS] =
+    [const { Table::new() }; havmsi_core::ram::MAX_BANKS];
+
+const TABLE: u64 = 3;
+const LEVEL3_PAGE: u64 = 3;
+const BLOCK: u64 = 1;
+/// AF, and AP[1], which is RES1 at EL3.
+const COMMON: u64 = 1 << 10 | 1 << 6;
+const XN: u64 = 1 << 54;
+const READ_ONLY: u64 = 1 << 7;
+const NON_SECURE: u64 = 1 << 5;
+const INNER: u64 = 3 << 8;
+/// AttrIndx: MAIR_EL3 is set in entry.S.
+const NORMAL: u64 = 2 << 2 | INNER | COMMON;
+const DEVICE: u64 = 1 << 2 | COMMON | XN;
+
+/// Bytes of a CPU's stack, the guard page at its lower end included.
+pub const STACK_STRIDE: usize = 32 * 1024;
+
+unsafe extern "C" {
+    static __image_start: u8;
+    static __text_end: u8;
+    static __rodata_end: u8;
+    static __data_end: u8;
+    static __image_end: u8;
+}
+
+fn address(symbol: *const u8) -> u64 {
+    symbol.addr() as u64
+}
+
+/// First byte of secure RAM behind the image.
+pub fn image_end() -> u64 {
+    address(&raw const __image_end)
+}
+
+/// Makes the tables of the image, the rest of secure RAM and the devices.
+/// Called by entry.S on the first CPU, with the MMU off.
+pub extern "C" fn build_tables() {
+    let start = address(&raw const __image_start);
+    let text = address(&raw const __text_end);
+    let rodata = address(&raw const __rodata_end);
+    let data = address(&raw const __data_end);
+    let end = image_end();
+
+    ROOT.set(SECURE_RAM / BLOCK1, LOW.descriptor());
+    LOW.set(SECURE_RAM / BLOCK2, IMAGE.descriptor());
+    let mut at = start;
+    while at < start + BLOCK2 {
+        let attributes = if at < text {
+            READ_ONLY
+        } else if at < rodata {
+            READ_ONLY | XN
+        } else {
+            XN
+        };
+        // A stack's lowest page stays invalid.
+        let guard = at >= data && at < end && (at - data).is_multiple_of(STACK_STRIDE as u64);
+        if !guard {
+            IMAGE.set(at / PAGE, at | attributes | NORMAL | LEVEL3_PAGE);
+        }
+        at += PAGE;
+    }
+    let rest = Range { base: SECURE_RAM + BLOCK2, size: SECURE_RAM_SIZE - BLOCK2 };
+    map_low(rest, XN | NORMAL);
+    for window in EL3_DEVICES {
+        map_low(window, DEVICE);
+    }
+}
+
+fn map_low(range: Range, attributes: u64) {
+    let mut at = range.base;
+    while at < range.base + range.size {
+        LOW.set(at / BLOCK2, at | attributes | BLOCK);
+        at += BLOCK2;
+    }
+}
+
+/// Maps the normal world's RAM. Entries go from invalid to valid, so no TLB
+/// holds anything of them.
+pub fn map_ram(ram: &Ram) {
+    for (bank, tail) in ram.banks().iter().zip(&TAILS) {
+        let mut at = bank.base;
+        let end = bank.base + bank.size;
+        while at < end {
+            let attributes = XN | NON_SECURE | NORMAL | BLOCK;
+            if at.is_multiple_of(BLOCK1) && end - at >= BLOCK1 {
+                ROOT.set(at / BLOCK1, at | attributes);
+                at += BLOCK1;
+            } else {
+                ROOT.set(at / BLOCK1, tail.descriptor());
+                tail.set(at / BLOCK2, at | attributes);
+                at += BLOCK2;
+            }
+        }
+    }
+    tlb::publish_el3_entries();
+}
+
+/// One zeroed ownership record a page, in the secure RAM behind the image. To
+/// be called once; empty if there is not enough.
+pub fn claim_records(count: u64) -> &'static [AtomicU16] {
+    static CLAIMED: AtomicBool = AtomicBool::new(false);
+    let free = SECURE_RAM + SECURE_RAM_SIZE - image_end();
+    if count > free / size_of::<AtomicU16>() as u64 || CLAIMED.swap(true, Ordering::Relaxed) {
+        return &[];
+    }
+    let at = with_exposed_provenance_mut::<AtomicU16>(index(image_end()));
+    // SAFETY: `count` records fit between the image's end (page aligned) and
+    // the end of secure RAM: mapped, and no other object is there.
+    unsafe { at.write_bytes(0, index(count)) };
+    // SAFETY: as above; initialised now, and given out only once.
+    unsafe { slice::from_raw_parts(at, index(count)) }
+}
+
+const _: () = assert!(MAX_CPUS * STACK_STRIDE <= 1 << 20);

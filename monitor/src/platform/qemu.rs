@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! QEMU's `virt` machine with `secure=on,virtualization=on` (hw/arm/virt.c of
+//! QEMU 10, `base_memmap`), GICv2 or GICv3.
+
+use havmsi_core::ram::{Ram, Range};
+use havmsi_hal::fw_cfg::FwCfg;
+use havmsi_hal::gic::{Gic, REDISTRIBUTOR_SIZE};
+use havmsi_hal::pl011::Uart;
+use havmsi_hal::pl061::Gpio;
+use havmsi_hal::sysreg::id_aa64pfr0_el1;
+
+use super::Facts;
+
+/// Most CPUs; GICv2 has no more either.
+pub const MAX_CPUS: usize = 8;
+/// Affinity of each CPU, by number: up to 8 (GICv2) or 16 in a cluster.
+pub static AFFINITIES: [u64; MAX_CPUS] = [0, 1, 2, 3, 4, 5, 6, 7];
+
+/// First byte of secure RAM.
+pub const SECURE_RAM: u64 = 0x0e00_0000;
+/// Bytes of secure RAM.
+pub const SECURE_RAM_SIZE: u64 = 16 << 20;
+/// First byte of the normal world's RAM.
+pub const RAM_BASE: u64 = 0x4000_0000;
+
+/// Windows of devices that EL3 uses, in 2 MiB steps: the interrupt controller
+/// (all of 8 CPUs' redistributors), then UARTs, fw_cfg and GPIO.
+pub const EL3_DEVICES: [Range; 2] =
+    [Range { base: 0x0800_0000, size: 2 << 20 }, Range { base: 0x0900_0000, size: 2 << 20 }];
+
+const DISTRIBUTOR: usize = 0x0800_0000;
+const GICC: usize = 0x0801_0000;
+const GICV: u64 = 0x0804_0000;
+const REDISTRIBUTORS: usize = 0x080a_0000;
+const FW_CFG: usize = 0x0902_0000;
+const SECURE_UART: usize = 0x0904_0000;
+const SECURE_GPIO: usize = 0x090b_0000;
+const PIN_POWER_OFF: u32 = 0;
+const PIN_RESET: u32 = 1;
+const SEED_FILE: &str = "opt/org.havmsi/seed";
+
+/// The monitor's console.
+#[must_use]
+pub const fn uart() -> Uart {
+    // SAFETY: `EL3_DEVICES` covers the secure UART of the virt machine.
+    unsafe { Uart::new(SECURE_UART) }
+}
+
+/// The interrupt controller.
+#[must_use]
+pub fn gic() -> Gic {
+    // ID_AA64PFR0_EL1.GIC [27:24]: the system register interface is there.
+    if id_aa64pfr0_el1::read() >> 24 & 15 != 0 {
+        // SAFETY: `EL3_DEVICES` covers the distributor and `MAX_CPUS`
+        // redistributors; QEMU sets the field for GICv3 only.
+        unsafe { Gic::v3(DISTRIBUTOR, REDISTRIBUTORS, MAX_CPUS) }
+    } else {
+        // SAFETY: `EL3_DEVICES` covers them, and without GICv3 it is a GICv2.
+        unsafe { Gic::v2(DISTRIBUTOR, GICC) }
+    }
+}
+
+/// Asks the board.
+#[must_use]
+pub fn facts() -> Facts {
+    // SAFETY: `EL3_DEVICES` covers fw_cfg of the virt machine.
+    let config = unsafe { FwCfg::new(FW_CFG) };
+    let size = config.ram_size() & !((2 << 20) - 1);
+    Facts {
+        ram: Ram::new([Range { base: RAM_BASE, size }, Range::default()]),
+        cpus: usize::from(config.cpu_count()).min(MAX_CPUS),
+        seed: config.file(SEED_FILE),
+    }
+}
+
+/// Turns the machine off.
+pub fn power_off() {
+    raise(PIN_POWER_OFF);
+}
+
+/// Resets the machine.
+pub fn reset() {
+    raise(PIN_RESET);
+}
+
+fn raise(pin: u32) {
+    // SAFETY: `EL3_DEVICES` covers the secure PL061 of the virt machine.
+    unsafe { Gpio::new(SECURE_GPIO) }.raise(pin);
+}
+
+/// The pages of the redistributors that the monitor answers for: RD_base page
+/// 0 of each frame. Where `ipa` lies from the first redistributor, if there.
+#[must_use]
+pub fn emulated_redistributor(ipa: u64, cpus: usize) -> Option<usize> {
+    let offset = usize::try_from(ipa).ok()?.checked_sub(REDISTRIBUTORS)?;
+    (offset < cpus * REDISTRIBUTOR_SIZE && offset % REDISTRIBUTOR_SIZE < 0x1000).then_some(offset)
+}
+
+/// Whether a VM may have the page at `pa`: the GICv2 virtual CPU interface, 8 KiB.
+#[must_use]
+pub const fn is_virtual_cpu_interface(pa: u64, gic_version: u64) -> bool {
+    gic_version == 2 && (pa == GICV || pa == GICV + 0x1000)
+}
+
+/// The devices that the host may use. Nothing here can write memory: no
+/// fw_cfg (its DMA register), no virtio, and of each redistributor not the
+/// page with PROPBASER and PENDBASER.
+pub fn host_devices(cpus: usize, gic_version: u64) -> impl Iterator<Item = Range> {
+    let v3 = gic_version == 3;
+    let common = [
+        Range { base: 0x0800_0000, size: 0x1_0000 }, // distributor
+        Range { base: 0x0900_0000, size: 0x1000 },   // UART
+        Range { base: 0x0901_0000, size: 0x1000 },   // clock
+        Range { base: 0x0903_0000, size: 0x1000 },   // GPIO
+    ];
+    let v2 = [
+        Range { base: 0x0801_0000, size: 0x2000 },   // GICC
+        Range { base: 0x0803_0000, size: 0x1_0000 }, // GICH
+        Range { base: 0x0804_0000, size: 0x1_0000 }, // GICV
+    ];
+    let redistributors = (0..cpus).map(|cpu| Range {
+        base: (REDISTRIBUTORS + cpu * REDISTRIBUTOR_SIZE + 0x1000) as u64,
+        size: REDISTRIBUTOR_SIZE as u64 - 0x1000,
+    });
+    common
+        .into_iter()
+        .chain(v2.into_iter().filter(move |_| !v3))
+        .chain(redistributors.filter(move |_| v3))
+}

@@ -1,0 +1,524 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Running a vCPU: the switch between the host's world and a guest's, and what
+//! is done about a guest's exits. What may be shown and taken back is decided
+//! by `havmsi_core::exit`.
+
+use core::cell::UnsafeCell;
+
+use havmsi_abi::{ENTRY_OFFSET, EXIT_OFFSET, Entry, Error, Exit, ExitClass, MAX_VMS, WORDS_ENTRY};
+use havmsi_core::addr::{Ipa, Pa};
+use havmsi_core::exit::{self, Action, Answer, Injection, Pending, Syndrome, SysregAccess, ec};
+use havmsi_core::hypercall::{self, Reply};
+use havmsi_core::idreg::{self, World};
+use havmsi_core::inject::spsr;
+use havmsi_core::launch::Boot;
+use havmsi_core::page::VmSlot;
+use havmsi_core::vm::{Run, Vm, mpidr_affinity};
+use havmsi_hal::debug::DebugState;
+use havmsi_hal::fpsimd::FpState;
+use havmsi_hal::sysreg::{
+    cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, hpfar_el2,
+    icc_sre_el2, mdcr_el2, mdscr_el1, midr_el1, scr_el3, spsr_el2, vmpidr_el2,
+};
+use havmsi_hal::vgic::VgicState;
+use havmsi_hal::world::{self, El1State, Stage2};
+use havmsi_hal::{barrier, phys, tlb};
+use spin::mutex::TicketMutex;
+
+use crate::cpu::{Frame, this_cpu};
+use crate::platform::MAX_CPUS;
+use crate::vms::{self, MAX_CONTEXTS};
+use crate::{exception, host};
+
+/// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): stage 2 on, AArch64, virtual
+/// interrupts; ID registers, ACTLR and implementation-defined registers trap;
+/// set/way invalidation cleans too; TLB maintenance and barriers reach the
+/// inner shareable domain, for a vCPU may have moved; a stage-1 walk that hits
+/// device memory faults.
+const HCR: u64 = {
+    const VM: u64 = 1 << 0;
+    const SWIO: u64 = 1 << 1;
+    const PTW: u64 = 1 << 2;
+    const FMO: u64 = 1 << 3;
+    const IMO: u64 = 1 << 4;
+    const AMO: u64 = 1 << 5;
+    const FB: u64 = 1 << 9;
+    const BSU_IS: u64 = 1 << 10;
+    const TID3: u64 = 1 << 18;
+    const TIDCP: u64 = 1 << 20;
+    const TACR: u64 = 1 << 21;
+    const RW: u64 = 1 << 31;
+    VM | SWIO | PTW | FMO | IMO | AMO | FB | BSU_IS | TID3 | TIDCP | TACR | RW
+};
+const HCR_TWI: u64 = 1 << 13;
+const HCR_TWE: u64 = 1 << 14;
+
+/// `MDCR_EL2`: debug registers trap, those of the OS lock and the ROM address
+/// always, the others while the vCPU's are not loaded.
+const MDCR_TDA: u64 = 1 << 9;
+const MDCR_TDOSA_TDRA: u64 = 1 << 10 | 1 << 11;
+/// `MDSCR_EL1`: MDE, KDE, SS. While none is set, breakpoints and watchpoints
+/// have no effect on EL1 and EL0 and need not be loaded.
+const MDSCR_ARMED: u64 = 1 << 15 | 1 << 13 | 1;
+/// `CNTHCTL_EL2.EL1PCTEN`: the physical counter is open to a guest, the
+/// physical timer traps.
+const CNTHCTL: u64 = 1;
+/// `ICC_SRE_EL2` without Enable: a guest's ICC_SRE_EL1 traps.
+const ICC_SRE: u64 = 0b0111;
+/// `CPTR_EL3.TFP`.
+const CPTR_TFP: u64 = 1 << 10;
+/// Exception class of a trapped FP or SIMD instruction.
+const EC_FP: u64 = 0x07;
+/// `PSTATE.SS` and `BTYPE`: cleared when an instruction is stepped over.
+const SPSR_STEP: u64 = 1 << 21 | 0b11 << 10;
+const MPIDR_RES1: u64 = 1 << 31;
+/// A vCPU that is not running.
+pub struct Context {
+    frame: Frame,
+    el1: El1State,
+    fp: FpState,
+    debug: DebugState,
+    vgic: VgicState,
+    pending: Pending,
+    /// `ESR` and `FAR` of the access that the last exit reported.
+    syndrome: (u64, u64),
+}
+
+impl Context {
+    /// What a vCPU comes up with.
+    pub const RESET: Self = Self {
+        frame: Frame::new(),
+        el1: El1State::RESET,
+        fp: FpState::RESET,
+        debug: DebugState::RESET,
+        vgic: VgicState::RESET,
+        pending: Pending::Nothing,
+        syndrome: (0, 0),
+    };
+
+    fn start(&mut self, boot: &Boot) {
+        *self = Self::RESET;
+        self.frame.x[..4].copy_from_slice(&boot.x);
+        self.frame.elr = boot.pc;
+        self.frame.spsr = spsr::EL1H | spsr::DAIF;
+    }
+
+    fn step(&mut self) {
+        self.frame.elr = self.frame.elr.wrapping_add(4);
+        self.frame.spsr &= !SPSR_STEP;
+    }
+}
+
+/// The contexts of all vCPUs.
+#[repr(transparent)]
+struct ContextCell(UnsafeCell<Context>);
+
+struct Contexts([ContextCell; MAX_CONTEXTS]);
+
+// SAFETY: a context is reached through `Current` only, of which there is one
+// at a time: `Vm::enter` gives a vCPU to one CPU until `Vm::leave`.
+unsafe impl Sync for Contexts {}
+
+static CONTEXTS: Contexts =
+    Contexts([const { ContextCell(UnsafeCell::new(Context::RESET)) }; MAX_CONTEXTS]);
+
+/// The vCPU that a CPU runs.
+#[derive(Clone, Copy)]
+struct Current {
+    vm: &'static TicketMutex<Vm>,
+    idx: u64,
+    context: usize,
+    run_page: Pa,
+    gic: u64,
+    used_lrs: usize,
+    fp_loaded: bool,
+    debug_loaded: bool,
+}
+
+/// What each CPU keeps of the host while a guest runs.
+struct Local {
+    host: El1State,
+    host_debug: DebugState,
+    current: Option<Current>,
+    /// The vCPU of each VM that ran here last.
+    last: [u8; MAX_VMS],
+}
+
+struct Locals([UnsafeCell<Local>; MAX_CPUS]);
+
+// SAFETY: each CPU reaches its own element only (`with_local`).
+unsafe impl Sync for Locals {}
+
+const NO_VCPU: u8 = u8::MAX;
+
+static LOCALS: Locals = Locals(
+    [const {
+        UnsafeCell::new(Local {
+            host: El1State::RESET,
+            host_debug: DebugState::RESET,
+            current: None,
+            last: [NO_VCPU; MAX_VMS],
+        })
+    }; MAX_CPUS],
+);
+
+fn with_local<R>(f: impl FnOnce(&mut Local) -> R) -> R {
+    let cell = &LOCALS.0[this_cpu().number()];
+    // SAFETY: of this CPU, whose exceptions don't nest; `run` and `guest_exit`
+    // are the only callers and don't call each other.
+    f(unsafe { &mut *cell.get() })
+}
+
+impl Current {
+    fn context(&mut self) -> &mut Context {
+        // SAFETY: see `Contexts`; `&mut self` makes it one reference at a time.
+        unsafe { &mut *CONTEXTS.0[self.context].0.get() }
+    }
+}
+
+/// VCPU_RUN: makes vCPU `idx` the current world of this CPU.
+///
+/// # Errors
+/// Those of [`Vm::enter`], [`exit::answer`] and the check of the list
+/// registers; then nothing has changed.
+pub fn run(handle: u64, idx: u64) -> Result<(), Error> {
+    let (slot, vm) = vms::by_handle(handle)?;
+    let run = {
+        let mut vm = vm.lock();
+        vm.check_handle(handle)?;
+        vm.enter(idx)?
+    };
+    let result = with_local(|local| enter(local, slot, vm, idx, &run));
+    if result.is_err() {
+        vm.lock().leave(idx);
+    }
+    result
+}
+
+fn enter(
+    local: &mut Local,
+    slot: VmSlot,
+    vm: &'static TicketMutex<Vm>,
+    idx: u64,
+    run: &Run,
+) -> Result<(), Error> {
+    let mut words = [0; WORDS_ENTRY];
+    for (i, word) in words.iter_mut().enumerate() {
+        *word = phys::read(run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64));
+    }
+    let entry = Entry::from_words(&words);
+    let mut current = Current {
+        vm,
+        idx,
+        context: usize::from(run.context),
+        run_page: run.run_page,
+        gic: run.gic,
+        used_lrs: 0,
+        fp_loaded: false,
+        debug_loaded: false,
+    };
+    let pending = match run.start {
+        Some(_) => Pending::Nothing,
+        None => current.context().pending,
+    };
+    let answer = exit::answer(pending, &entry)?;
+    current.used_lrs = if run.gic == 3 {
+        havmsi_core::vgic::check(&entry.lr, entry.nr_lr, havmsi_hal::vgic::list_registers())?
+    } else if entry.nr_lr == 0 {
+        0
+    } else {
+        return Err(Error::Invalid);
+    };
+
+    // Accepted: from here on things change.
+    let used_lrs = current.used_lrs;
+    let context = current.context();
+    context.pending = Pending::Nothing;
+    if let Some(boot) = &run.start {
+        context.start(boot);
+        vm.lock().started(idx);
+    }
+    let mut injection = None;
+    match answer {
+        Answer::Nothing => {}
+        Answer::Set { rt, value } => {
+            exit::write_register(&mut context.frame.x, rt, value);
+            context.step();
+        }
+        Answer::Results(results) => context.frame.x[..4].copy_from_slice(&results),
+        Answer::Inject(what) => injection = Some(what),
+    }
+    if pending == Pending::Hypercall {
+        let result = if let Answer::Results([x0, ..]) = answer { x0 } else { 0 };
+        vm.lock().cpu_on_answered(idx, result);
+    }
+
+    local.host.save();
+    let armed = context.el1.mdscr & MDSCR_ARMED != 0;
+    if armed {
+        local.host_debug.save();
+        context.debug.load();
+    }
+    let tda = if armed { 0 } else { MDCR_TDA };
+    let mut hcr = HCR;
+    if entry.flags.has(havmsi_abi::EntryFlags::TRAP_WFI) {
+        hcr |= HCR_TWI;
+    }
+    if entry.flags.has(havmsi_abi::EntryFlags::TRAP_WFE) {
+        hcr |= HCR_TWE;
+    }
+    mdcr_el2::write(host::MDCR_EL2 | MDCR_TDOSA_TDRA | tda);
+    cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
+    cnthctl_el2::write(CNTHCTL);
+    cntvoff_el2::write(run.cntvoff);
+    vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
+    // SAFETY: still non-secure below; only what is routed to EL3 differs.
+    unsafe { scr_el3::write(host::SCR_GUEST) };
+    if run.gic == 3 {
+        icc_sre_el2::write(ICC_SRE);
+        let hcr = entry.ich_hcr & havmsi_core::vgic::HCR_ALLOWED;
+        havmsi_hal::vgic::load(&context.vgic, hcr, &entry.lr, used_lrs);
+    }
+    world::switch_to(&context.el1, Stage2 { vttbr: run.vttbr, hcr });
+    if let Some(what) = injection {
+        let syndrome = context.syndrome;
+        inject(&mut context.frame, what, syndrome);
+    }
+    let frame = &raw mut context.frame;
+    current.debug_loaded = armed;
+    let last = &mut local.last[usize::from(slot.0)];
+    let vcpu = idx.to_le_bytes()[0];
+    if *last != vcpu {
+        *last = vcpu;
+        tlb::flush_local_vcpu();
+    }
+    local.current = Some(current);
+    // SAFETY: the frame lies in a static, and is this CPU's alone until
+    // `Vm::leave`, before which `leave` below sets the host's again.
+    unsafe { this_cpu().resume_next(frame) };
+    Ok(())
+}
+
+/// What brought a world to EL3.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// A synchronous exception.
+    Synchronous,
+    /// IRQ or FIQ.
+    Interrupt,
+    /// SError.
+    SError,
+}
+
+/// The current guest came to EL3: handles it, and either leaves the guest the
+/// current world or makes the host that.
+pub fn guest_exit(cause: Cause) {
+    with_local(|local| {
+        let Some(mut current) = local.current else {
+            panic!("a guest without a vCPU");
+        };
+        let frame = &mut current.context().frame;
+        let next = if frame.spsr & spsr::MODE == spsr::EL2H {
+            // Through EL2's vector, or interrupted on the way from there to its
+            // `smc`: the exit is what EL2's registers say; an interrupt stays
+            // pending.
+            frame.elr = elr_el2::read();
+            frame.spsr = spsr_el2::read();
+            decide(&mut current, &mut local.host_debug, esr_el2::read(), true)
+        } else {
+            match cause {
+                Cause::Synchronous => {
+                    decide(&mut current, &mut local.host_debug, esr_el3::read(), false)
+                }
+                Cause::Interrupt => Next::Host(Exit::default()),
+                Cause::SError => Next::Host(Exit { class: ExitClass::SError, ..Exit::default() }),
+            }
+        };
+        match next {
+            Next::Resume => local.current = Some(current),
+            Next::Host(exit) => leave(local, &mut current, &exit),
+        }
+    });
+    if cause == Cause::Interrupt {
+        // Perhaps the monitor's own; the host's are still pending.
+        exception::interrupt();
+    }
+}
+
+/// Where to go after an exit.
+enum Next {
+    Resume,
+    Host(Exit),
+}
+
+/// A synchronous exit with this syndrome.
+fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_el2: bool) -> Next {
+    let privileged = current.context().frame.spsr & spsr::MODE != 0;
+    let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged };
+    match syndrome.ec() {
+        EC_FP if !through_el2 && !current.fp_loaded => {
+            cptr_el3::write(host::CPTR_EL3);
+            barrier::isb();
+            current.context().fp.load();
+            current.fp_loaded = true;
+            return Next::Resume;
+        }
+        ec::DATA_ABORT | ec::INSTRUCTION_ABORT if through_el2 => {
+            let Some(ipa) = faulting_ipa(esr) else { return Next::Resume };
+            syndrome.ipa = ipa;
+        }
+        _ => {}
+    }
+    let (vm, idx) = (current.vm, current.idx);
+    let action = {
+        let vm = vm.lock();
+        let bits = vm.config().ipa_bits;
+        exit::decide(&syndrome, &current.context().frame.x, bits, |ipa| vm.is_ram(ipa))
+    };
+    let context = current.context();
+    match action {
+        Action::Exit { exit, pending, step } => {
+            if step {
+                context.step();
+            }
+            context.pending = pending;
+            context.syndrome = (esr, far_el2::read());
+            return Next::Host(exit);
+        }
+        Action::Hypercall => {
+            let [x0, x1, x2, x3, ..] = context.frame.x;
+            let reply = hypercall::call(&mut vm.lock(), idx, [x0, x1, x2, x3]);
+            let answer = match reply {
+                Reply::Answer(answer) => answer,
+                Reply::Random { bits, wide } => hypercall::random_answer(vms::random(), bits, wide),
+                Reply::Forward => {
+                    context.pending = Pending::Hypercall;
+                    return Next::Host(exit::hypercall_exit(&context.frame.x));
+                }
+            };
+            context.frame.x[..4].copy_from_slice(&answer);
+        }
+        Action::IdRead(access) => {
+            let (crm, op2) = access.crm_op2();
+            let value = idreg::visible(crm, op2, havmsi_hal::idreg::raw(crm, op2), World::Guest);
+            exit::write_register(&mut context.frame.x, access.rt, value);
+            context.step();
+        }
+        Action::Debug(access) => debug_access(current, host_debug, access),
+        Action::Fixed { access, value } => {
+            if access.read {
+                exit::write_register(&mut context.frame.x, access.rt, value);
+            }
+            context.step();
+        }
+        Action::Skip => context.step(),
+        Action::Inject(what) => {
+            let far = if through_el2 { far_el2::read() } else { far_el3::read() };
+            inject(&mut context.frame, what, (esr, far));
+        }
+    }
+    Next::Resume
+}
+
+const ESR_S1PTW: u64 = 1 << 7;
+const ESR_FSC_TYPE: u64 = 0x3c;
+const FSC_PERMISSION: u64 = 0x0c;
+const MIDR_PART: u64 = 0xff00_fff0;
+const CORTEX_A57: u64 = 0x4100_d070;
+
+/// The IPA of a stage-2 abort, with the offset in its page. `None` if stage 1
+/// does not translate the address any more: then the guest tries again.
+///
+/// `HPFAR_EL2` is not valid for permission faults that are no walk's (Arm ARM
+/// D24.2 "HPFAR_EL2"), nor on Cortex-A57 for any (erratum 834220).
+fn faulting_ipa(esr: u64) -> Option<Ipa> {
+    let far = far_el2::read();
+    let unreliable =
+        esr & ESR_FSC_TYPE == FSC_PERMISSION || midr_el1::read() & MIDR_PART == CORTEX_A57;
+    let page = if esr & ESR_S1PTW == 0 && unreliable {
+        tlb::stage1_page(far)?
+    } else {
+        // FIPA [43:4] is IPA [51:12].
+        (hpfar_el2::read() & 0x0fff_ffff_fff0) << 8
+    };
+    Some(Ipa(page | far & 0xfff))
+}
+
+/// A trapped access to a debug register: the vCPU's breakpoints live in memory
+/// until it arms them. Other registers read as zero, but for OSLSR_EL1 (the OS
+/// lock is implemented and open).
+fn debug_access(current: &mut Current, host_debug: &mut DebugState, access: SysregAccess) {
+    const MDSCR_EL1: u32 = exit::sysreg(2, 0, 0, 2, 2);
+    const OSLSR_EL1: u32 = exit::sysreg(2, 0, 1, 1, 4);
+    const OSLSR_OSLM: u64 = 1 << 3;
+    let context = current.context();
+    let (crm, op2) = access.crm_op2();
+    let is_breakpoint = access.register == exit::sysreg(2, 0, 0, u32::from(crm), u32::from(op2));
+    if access.read {
+        let value = match access.register {
+            MDSCR_EL1 => mdscr_el1::read(),
+            OSLSR_EL1 => OSLSR_OSLM,
+            _ if is_breakpoint => {
+                context.debug.register(usize::from(crm), usize::from(op2)).map_or(0, |r| *r)
+            }
+            _ => 0,
+        };
+        exit::write_register(&mut context.frame.x, access.rt, value);
+    } else {
+        let value = exit::read_register(&context.frame.x, access.rt);
+        if access.register == MDSCR_EL1 {
+            mdscr_el1::write(value);
+            if value & MDSCR_ARMED != 0 && !current.debug_loaded {
+                host_debug.save();
+                current.context().debug.load();
+                mdcr_el2::write(host::MDCR_EL2 | MDCR_TDOSA_TDRA);
+                current.debug_loaded = true;
+            }
+        } else if is_breakpoint
+            && let Some(register) = context.debug.register(usize::from(crm), usize::from(op2))
+        {
+            *register = value;
+        }
+    }
+    current.context().step();
+}
+
+/// Gives the current guest an exception, for the access with this `ESR` and `FAR`.
+fn inject(frame: &mut Frame, what: Injection, (esr, far): (u64, u64)) {
+    match what {
+        Injection::Undefined => exception::inject_undefined(frame),
+        Injection::ExternalAbort => exception::inject_external_abort(frame, esr, far),
+    }
+}
+
+/// Back to the host, which gets `exit` and nothing else of the guest.
+fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
+    let (gic, used, fp, debug) =
+        (current.gic, current.used_lrs, current.fp_loaded, current.debug_loaded);
+    let context = current.context();
+    let vgic = if gic == 3 {
+        havmsi_hal::vgic::save(&mut context.vgic, used)
+    } else {
+        havmsi_abi::VgicExit::default()
+    };
+    context.el1.save();
+    cptr_el3::write(host::CPTR_EL3);
+    if fp {
+        barrier::isb();
+        context.fp.save();
+        FpState::RESET.load();
+    }
+    if debug {
+        context.debug.save();
+        local.host_debug.load();
+    }
+    host::enter_again(&local.host);
+    local.current = None;
+    for (i, word) in havmsi_abi::exit_words(exit, &vgic).into_iter().enumerate() {
+        phys::write(current.run_page.offset((EXIT_OFFSET + 8 * i) as u64), word);
+    }
+    current.vm.lock().leave(current.idx);
+    let cpu = this_cpu();
+    cpu.resume_host_next();
+    cpu.with_host(|frame| frame.x[..4].copy_from_slice(&[0, exit.class as u64, 0, 0]));
+}
