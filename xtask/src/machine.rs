@@ -113,6 +113,8 @@ impl Config {
                 fs::write(&seed, bytes)?;
                 command
                     .arg("-fw_cfg")
+                    .arg(format!("name=opt/org.havmsi/ram-mib,string={}", self.mem_mib))
+                    .arg("-fw_cfg")
                     .arg(format!("name=opt/org.havmsi/seed,file={}", comma(&seed)));
             }
         }

@@ -6,6 +6,7 @@ mod build;
 mod cache;
 mod cpio;
 mod debs;
+mod digest;
 mod dtb;
 mod image;
 mod job;
@@ -60,6 +61,8 @@ enum Verb {
     Image,
     /// Boot the emulated machine, start guests, attack them, compare with plain KVM
     Run(run::Args),
+    /// Compute the launch digest of a guest from its files and configuration
+    Digest(digest::Args),
     /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
     Tcb {
         /// As JSON
@@ -82,6 +85,7 @@ impl Verb {
             Self::Kernel { .. } => "kernel",
             Self::Image => "image",
             Self::Run(_) => "run",
+            Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
             Self::Clean { .. } => "clean",
         }
@@ -149,6 +153,7 @@ fn real_main() -> Result<()> {
         Verb::Kernel { stat } => kernel::main(&ctx, stat),
         Verb::Image => image::main(&ctx),
         Verb::Run(args) => run::main(&ctx, &args),
+        Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json } => tcb::main(&ctx, json),
         Verb::Clean { cache } => clean(&ctx, cache),
     }
