@@ -42,6 +42,8 @@ const FSC_ACCESS_FLAG: u64 = 0x08;
 /// What the host sees of an MMIO access's syndrome: all that describes the
 /// access, without the register's number.
 const MMIO_ESR: u64 = 0x3f << EC_SHIFT | IL | ISV | 0b11 << SAS_SHIFT | SSE | SF | WNR | FSC;
+/// The same for a system register access: all but the register's number.
+const SYSREG_ESR: u64 = 0xffff_ffff & !(31 << 5);
 const WFX_IS_WFE: u64 = 1;
 
 /// A trapped system register access.
@@ -292,7 +294,7 @@ fn decide_sysreg(s: &Syndrome, x: &[u64; 31], base: Exit) -> Action {
         return Action::IdRead(access);
     }
     let forward = || {
-        let esr = s.esr & !(31 << 5);
+        let esr = s.esr & SYSREG_ESR;
         if access.read {
             let exit = Exit { class: ExitClass::SysregRead, esr, ..base };
             Action::Exit { exit, pending: Pending::SysregRead { rt: access.rt }, step: false }

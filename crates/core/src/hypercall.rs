@@ -124,11 +124,11 @@ pub fn call(vm: &mut Vm, caller: u64, x: [u64; 4]) -> Reply {
         }),
         id::TRNG_UUID => Reply::Answer(havmsi_abi::UID.map(u64::from)),
         id::TRNG_RND | id::WIDE_TRNG_RND => {
-            let most = if wide { 192 } else { 96 };
-            if a1 == 0 || a1 > most {
+            let (bits, most) = (argument(a1), if wide { 192 } else { 96 });
+            if bits == 0 || bits > most {
                 answer(result::TRNG_INVALID)
             } else {
-                Reply::Random { bits: a1, wide }
+                Reply::Random { bits, wide }
             }
         }
         _ => answer(result::NOT_SUPPORTED),

@@ -81,7 +81,8 @@ pub const fn undefined() -> u64 {
 #[must_use]
 pub const fn external_abort(esr_el2: u64, pstate: u64) -> u64 {
     let same = (pstate & spsr::MODE != 0 && pstate & (1 << 4) == 0) as u64;
-    let data = esr_el2 >> EC_SHIFT == EC_DATA_ABORT;
+    // Above EC there may be ISS2.
+    let data = esr_el2 >> EC_SHIFT & 0x3f == EC_DATA_ABORT;
     let class = if data { EC_DATA_ABORT } else { EC_INSTRUCTION_ABORT };
     let iss = if data { esr_el2 & ISS_CM_WNR } else { 0 };
     (class + same) << EC_SHIFT | esr_el2 & IL | iss | FSC_EXTERNAL
@@ -118,6 +119,7 @@ mod tests {
         let esr = 0x24 << 26 | 1 << 25 | 1 << 24 | 3 << 22 | 0x45;
         assert_eq!(external_abort(esr, 0x3c5), 0x25 << 26 | 1 << 25 | 0x50);
         assert_eq!(external_abort(esr, 0), 0x24 << 26 | 1 << 25 | 0x50);
+        assert_eq!(external_abort(1 << 36 | esr, 0), 0x24 << 26 | 1 << 25 | 0x50);
         assert_eq!(external_abort(0x20 << 26 | 1 << 25 | 0x87, 0x5), 0x21 << 26 | 1 << 25 | 0x10);
         assert_eq!(external_abort(0x20 << 26 | 7, 0x10), 0x20 << 26 | 0x10);
     }
