@@ -1,13 +1,30 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Memory and TLBs for the tests: a machine with a little RAM whose TLBs are
-//! sets of remembered translations.
+//! A machine for the tests: a little RAM, and TLBs that remember.
+//!
+//! A translation that was valid while its world could run may be in some TLB
+//! until the matching invalidation. The fake keeps those as *stale* ones, and
+//! stops the test at once when
+//! - a valid entry replaces another without break-before-make,
+//! - an entry becomes valid while a stale translation of its addresses is left,
+//! - a page is wiped, hashed or used as a table while anything, stale or not,
+//!   still translates to it (I3, I5, I6).
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::boxed::Box;
+use std::collections::HashMap;
+use std::sync::atomic::AtomicU16;
+use std::sync::{Mutex, MutexGuard};
 use std::vec::Vec;
 
-use crate::addr::{Ipa, Pa};
+use havmsi_abi::PAGE_SIZE;
+use havmsi_abi::layout::carveout;
+
+use crate::addr::{Ipa, Pa, index};
+use crate::host_map::HostMap;
 use crate::hw::Hardware;
+use crate::page::{Pages, VmSlot};
+use crate::ram::{Ram, Range};
+use crate::stage2::{self, Entry, LEVEL1_SIZE, LEVEL2_SIZE};
+use crate::vm::Machine;
 
 /// What happened, in order, as far as tests look at it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,32 +37,226 @@ pub enum Event {
     InvalidateGuest(u64, Ipa),
     /// A guest's TLBs forgot everything.
     InvalidateGuestAll(u64),
+    /// Instruction caches forgot everything.
+    InvalidateIcache,
     /// A page was zeroed.
     Zero(Pa),
+    /// A page was copied out.
+    Copy(Pa),
+}
+
+/// A stage-2 that some CPU can use.
+struct World {
+    vttbr: u64,
+    /// CPUs that use it now.
+    loaded: u32,
+    /// It was loaded since its TLB entries were all removed.
+    cached: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Table {
+    vttbr: u64,
+    level: u32,
+    base: u64,
+}
+
+/// What a TLB may hold although the tables no longer say so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stale {
+    pub vttbr: u64,
+    pub ipa: u64,
+    pub size: u64,
+    /// Where it leads: a page, a block, or (walk caches) the next table.
+    pub to: u64,
+    pub to_size: u64,
+}
+
+type Memory = HashMap<u64, Box<[u64; 512]>>;
+
+#[derive(Default)]
+struct State {
+    memory: Memory,
+    events: Vec<Event>,
+    worlds: Vec<World>,
+    tables: HashMap<u64, Table>,
+    stale: Vec<Stale>,
+}
+
+const fn entry_size(level: u32) -> u64 {
+    match level {
+        1 => LEVEL1_SIZE,
+        2 => LEVEL2_SIZE,
+        _ => PAGE_SIZE,
+    }
+}
+
+impl Table {
+    /// The addresses that entry `i` of this table translates.
+    fn entry(&self, i: usize) -> (u64, u64) {
+        let size = entry_size(self.level);
+        (self.base + i as u64 * size, size)
+    }
+
+    fn is_pointer(&self, entry: Entry) -> bool {
+        self.level < 3 && entry.is_valid() && !entry.is_block()
+    }
+}
+
+fn split(table: Pa, i: usize) -> (u64, usize) {
+    (table.0 + (i / 512) as u64 * PAGE_SIZE, i % 512)
+}
+
+impl State {
+    fn get(&self, page: u64, i: usize) -> u64 {
+        self.memory.get(&page).map_or(0, |p| p[i])
+    }
+
+    fn entries(&self, page: u64) -> Vec<(usize, Entry)> {
+        let Some(words) = self.memory.get(&page) else { return Vec::new() };
+        words.iter().map(|w| Entry(*w)).enumerate().filter(|(_, e)| e.is_valid()).collect()
+    }
+
+    fn add_table(&mut self, page: u64, table: Table) {
+        assert!(self.tables.insert(page, table).is_none(), "table {page:#x} is linked twice");
+        for (i, entry) in self.entries(page) {
+            if table.is_pointer(entry) {
+                let (base, _) = table.entry(i);
+                self.add_table(entry.address().0, Table { level: table.level + 1, base, ..table });
+            }
+        }
+    }
+
+    /// The entry is no longer reachable: TLBs may remember it and all below.
+    fn forget(&mut self, table: Table, i: usize, entry: Entry) {
+        let (ipa, size) = table.entry(i);
+        let to = entry.address().0;
+        let pointer = table.is_pointer(entry);
+        if self.world(table.vttbr).cached {
+            let to_size = if pointer { PAGE_SIZE } else { size };
+            self.stale.push(Stale { vttbr: table.vttbr, ipa, size, to, to_size });
+        }
+        if pointer && let Some(next) = self.tables.remove(&to) {
+            for (i, entry) in self.entries(to) {
+                self.forget(next, i, entry);
+            }
+        }
+    }
+
+    fn world(&mut self, vttbr: u64) -> &mut World {
+        self.worlds.iter_mut().find(|w| w.vttbr == vttbr).expect("an unknown VTTBR_EL2")
+    }
+
+    /// Nothing may translate to `page` or walk through it.
+    fn check_unused(&self, page: u64, what: &str) {
+        assert!(!self.tables.contains_key(&page), "{what} {page:#x}: a table in use");
+        let at_page = |s: &&Stale| s.to <= page && page - s.to < s.to_size;
+        if let Some(stale) = self.stale.iter().find(at_page) {
+            panic!("{what} {page:#x}: a TLB still knows it: {stale:x?}");
+        }
+        for (at, table) in &self.tables {
+            for (i, entry) in self.entries(*at) {
+                let (ipa, size) = table.entry(i);
+                let to = entry.address().0;
+                let hit = !table.is_pointer(entry) && to <= page && page - to < size;
+                assert!(!hit, "{what} {page:#x}: mapped in {:#x} at {ipa:#x}", table.vttbr);
+            }
+        }
+    }
+
+    fn write(&mut self, table: Pa, i: usize, value: u64) {
+        let (page, slot) = split(table, i);
+        let (old, new) = (Entry(self.get(page, slot)), Entry(value));
+        self.memory.entry(page).or_insert_with(|| Box::new([0; 512]))[slot] = value;
+        let Some(table) = self.tables.get(&page).copied() else {
+            self.check_unused(page, "write to");
+            return;
+        };
+        let (ipa, size) = table.entry(slot);
+        if old.is_valid() && old != new {
+            assert!(
+                !new.is_valid() || !self.world(table.vttbr).cached,
+                "no break before make at {ipa:#x} of {:#x}",
+                table.vttbr
+            );
+            self.forget(table, slot, old);
+        }
+        if new.is_valid() && old != new {
+            let overlap =
+                |s: &&Stale| s.vttbr == table.vttbr && s.ipa < ipa + size && ipa < s.ipa + s.size;
+            if let Some(stale) = self.stale.iter().find(overlap) {
+                panic!("{ipa:#x} becomes valid before a TLB forgot {stale:x?}");
+            }
+            if table.is_pointer(new) {
+                let next = Table { level: table.level + 1, base: ipa, ..table };
+                self.add_table(new.address().0, next);
+            }
+        }
+    }
 }
 
 #[derive(Default)]
 pub struct FakeHardware {
-    memory: RefCell<BTreeMap<u64, [u64; 512]>>,
-    pub events: RefCell<Vec<Event>>,
+    state: Mutex<State>,
 }
 
 impl FakeHardware {
-    /// Writes one word, as the host would.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// From now on the stage-2 with this `VTTBR_EL2` is watched.
+    pub fn watch(&self, vttbr: u64) {
+        let mut state = self.state();
+        state.worlds.push(World { vttbr, loaded: 0, cached: false });
+        let root = vttbr & 0xffff_ffff_f000;
+        for (page, base) in [(root, 0), (root + PAGE_SIZE, 512 * LEVEL1_SIZE)] {
+            state.add_table(page, Table { vttbr, level: 1, base });
+        }
+    }
+
+    /// A CPU uses this stage-2.
+    pub fn load(&self, vttbr: u64) {
+        let mut state = self.state();
+        let world = state.world(vttbr);
+        world.loaded += 1;
+        world.cached = true;
+    }
+
+    /// A CPU no longer uses this stage-2.
+    pub fn unload(&self, vttbr: u64) {
+        self.state().world(vttbr).loaded -= 1;
+    }
+
+    /// What TLBs may still hold.
+    pub fn stale(&self) -> Vec<Stale> {
+        self.state().stale.clone()
+    }
+
+    /// Writes one word, as the owner of the page would.
     pub fn poke(&self, page: Pa, index: usize, value: u64) {
-        self.memory.borrow_mut().entry(page.0).or_insert([0; 512])[index] = value;
+        let mut state = self.state();
+        state.memory.entry(page.0).or_insert_with(|| Box::new([0; 512]))[index] = value;
     }
 
     pub fn peek(&self, page: Pa, index: usize) -> u64 {
-        self.memory.borrow().get(&page.0).map_or(0, |p| p[index])
+        let (page, slot) = split(page, index);
+        self.state().get(page, slot)
     }
 
     pub fn is_zero(&self, page: Pa) -> bool {
-        self.memory.borrow().get(&page.0).is_none_or(|p| p.iter().all(|w| *w == 0))
+        self.state().memory.get(&page.0).is_none_or(|p| p.iter().all(|w| *w == 0))
+    }
+
+    /// Pages that are not all zero.
+    pub fn snapshot(&self) -> Memory {
+        let mut memory = self.state().memory.clone();
+        memory.retain(|_, p| p.iter().any(|w| *w != 0));
+        memory
     }
 
     pub fn take_events(&self) -> Vec<Event> {
-        self.events.take()
+        std::mem::take(&mut self.state().events)
     }
 }
 
@@ -55,32 +266,128 @@ impl Hardware for FakeHardware {
     }
 
     fn write_entry(&self, table: Pa, index: usize, value: u64) {
-        self.poke(table, index, value);
-        self.events.borrow_mut().push(Event::Write(table, index, value));
+        let mut state = self.state();
+        state.write(table, index, value);
+        state.events.push(Event::Write(table, index, value));
     }
 
     fn zero_page(&self, page: Pa) {
-        self.memory.borrow_mut().remove(&page.0);
-        self.events.borrow_mut().push(Event::Zero(page));
+        let mut state = self.state();
+        state.check_unused(page.0, "wipe of");
+        state.memory.remove(&page.0);
+        state.events.push(Event::Zero(page));
     }
 
     fn copy_page(&self, page: Pa, to: &mut [u8; 4096]) {
-        for (i, chunk) in to.chunks_exact_mut(8).enumerate() {
-            chunk.copy_from_slice(&self.peek(page, i).to_le_bytes());
+        let mut state = self.state();
+        state.check_unused(page.0, "copy of");
+        for (i, chunk) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            *chunk = state.get(page.0, i).to_le_bytes();
         }
+        state.events.push(Event::Copy(page));
     }
 
-    fn invalidate_icache(&self) {}
+    fn invalidate_icache(&self) {
+        self.state().events.push(Event::InvalidateIcache);
+    }
 
     fn invalidate_host(&self, ipa: Ipa) {
-        self.events.borrow_mut().push(Event::InvalidateHost(ipa));
+        let mut state = self.state();
+        state.stale.retain(|s| s.vttbr >> 48 != 0 || ipa.0 < s.ipa || ipa.0 - s.ipa >= s.size);
+        state.events.push(Event::InvalidateHost(ipa));
     }
 
     fn invalidate_guest(&self, vttbr: u64, ipa: Ipa) {
-        self.events.borrow_mut().push(Event::InvalidateGuest(vttbr, ipa));
+        let mut state = self.state();
+        state.stale.retain(|s| s.vttbr != vttbr || ipa.0 < s.ipa || ipa.0 - s.ipa >= s.size);
+        state.events.push(Event::InvalidateGuest(vttbr, ipa));
     }
 
     fn invalidate_guest_all(&self, vttbr: u64) {
-        self.events.borrow_mut().push(Event::InvalidateGuestAll(vttbr));
+        let mut state = self.state();
+        state.stale.retain(|s| s.vttbr != vttbr);
+        let world = state.world(vttbr);
+        world.cached = world.loaded != 0;
+        state.events.push(Event::InvalidateGuestAll(vttbr));
+    }
+}
+
+/// First byte of RAM.
+pub const BASE: u64 = 0x4000_0000;
+/// Bytes of the carve-out.
+pub const CARVEOUT: u64 = 4 << 20;
+/// The second bank.
+pub const BANK2: u64 = 0x8_8000_0000;
+/// Pages in both banks.
+pub const PAGES: usize = 2048;
+/// The host's only device.
+pub const UART: u64 = 0x900_0000;
+
+/// 6 MiB with a carve-out of 4, and 2 MiB far away.
+pub fn ram() -> Ram {
+    Ram::new([Range { base: BASE, size: 6 << 20 }, Range { base: BANK2, size: 2 << 20 }])
+}
+
+pub fn records() -> Vec<AtomicU16> {
+    (0..PAGES).map(|_| AtomicU16::new(0)).collect()
+}
+
+/// The host's page number `n`: even ones in the first bank, odd ones in the second.
+pub fn host_page(n: u64) -> Pa {
+    if n.is_multiple_of(2) {
+        Pa(BASE + CARVEOUT + n / 2 * PAGE_SIZE)
+    } else {
+        Pa(BANK2 + n / 2 * PAGE_SIZE)
+    }
+}
+
+/// The root of a VM's stage-2.
+pub fn root(slot: VmSlot) -> Pa {
+    Pa(BASE + carveout::VM_ROOTS + u64::from(slot.0) * 2 * PAGE_SIZE)
+}
+
+pub struct FakeMachine<'a> {
+    pub hw: FakeHardware,
+    pub pages: Pages<'a>,
+    pub host: Mutex<HostMap>,
+}
+
+impl<'a> FakeMachine<'a> {
+    pub fn new(records: &'a [AtomicU16]) -> Self {
+        let hw = FakeHardware::default();
+        let pages = Pages::new(ram(), records).expect("enough records");
+        let uart = Range { base: UART, size: PAGE_SIZE };
+        let host = HostMap::new(&hw, ram(), CARVEOUT, core::iter::once(uart)).expect("a map");
+        for (i, bank) in ram().banks().iter().enumerate() {
+            let skip = if i == 0 { CARVEOUT } else { 0 };
+            for at in (skip..bank.size).step_by(index(PAGE_SIZE)) {
+                pages.give_to_host(Pa(bank.base + at));
+            }
+        }
+        hw.watch(host.root().0);
+        hw.load(host.root().0);
+        for slot in 0..3 {
+            hw.watch(stage2::vttbr(root(VmSlot(slot)), VmSlot(slot).vmid()));
+        }
+        hw.take_events();
+        Self { hw, pages, host: Mutex::new(host) }
+    }
+
+    /// The host's leaf for a page.
+    pub fn host_leaf(&self, pa: Pa) -> Option<Entry> {
+        self.with_host_map(|map| map.lookup(&self.hw, Ipa(pa.0)))
+    }
+}
+
+impl Machine for FakeMachine<'_> {
+    type Hw = FakeHardware;
+    fn hw(&self) -> &FakeHardware {
+        &self.hw
+    }
+    fn pages(&self) -> &Pages<'_> {
+        &self.pages
+    }
+    fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
+        f(&mut self.host.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 }

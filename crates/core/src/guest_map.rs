@@ -15,8 +15,8 @@ use crate::stage2::{
 /// Spare table pages, zeroed and owned as [`Owner::Table`], as a list that runs
 /// through their first words.
 #[derive(Debug, Default)]
-struct Pool {
-    head: Option<Pa>,
+pub(crate) struct Pool {
+    pub(crate) head: Option<Pa>,
     len: u64,
 }
 
@@ -41,8 +41,8 @@ impl Pool {
 #[derive(Debug)]
 pub struct GuestMap {
     slot: VmSlot,
-    root: Pa,
-    pool: Pool,
+    pub(crate) root: Pa,
+    pub(crate) pool: Pool,
     /// Where the teardown goes on.
     cursor: u64,
 }

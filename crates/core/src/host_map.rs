@@ -50,7 +50,11 @@ impl HostMap {
     ) -> Result<Self, Error> {
         let [first, ..] = *ram.banks();
         let mut map = Self { carveout: Pa(first.base), ram, device_tables: 0 };
-        if !carveout_size.is_multiple_of(BLOCK_SIZE) {
+        let ram_size = ram.page_count() * PAGE_SIZE;
+        if !carveout_size.is_multiple_of(BLOCK_SIZE)
+            || carveout_size < havmsi_abi::layout::carveout_size(ram_size)
+            || Self::share_level2_table(&ram)
+        {
             return Err(Error::Invalid);
         }
         for (i, bank) in ram.banks().iter().enumerate() {
@@ -65,13 +69,14 @@ impl HostMap {
             }
             let mut at = bank.base + skip;
             while at < end {
+                // Also where a block needs no table yet: splitting it must not fail.
+                let table = map.level2_table(Pa(at)).ok_or(Error::Invalid)?;
                 let whole = at.is_multiple_of(LEVEL1_SIZE) && end - at >= LEVEL1_SIZE;
                 if whole {
                     let entry = Entry::block(Pa(at), Attributes::Memory);
                     hw.write_entry(map.root(), level1_index(Ipa(at)), entry.0);
                     at += LEVEL1_SIZE;
                 } else {
-                    let table = map.level2_table(Pa(at)).ok_or(Error::Invalid)?;
                     hw.write_entry(map.root(), level1_index(Ipa(at)), Entry::table(table).0);
                     let entry = Entry::block(Pa(at), Attributes::Memory);
                     hw.write_entry(table, level2_index(Ipa(at)), entry.0);
@@ -96,8 +101,19 @@ impl HostMap {
         self.carveout.offset(carveout::HOST_ROOT)
     }
 
-    const fn zero_frame(&self) -> Pa {
+    pub(crate) const fn zero_frame(&self) -> Pa {
         self.carveout.offset(carveout::ZERO_FRAME)
+    }
+
+    /// Whether two banks have pages in the same GiB: each would claim its table.
+    fn share_level2_table(ram: &Ram) -> bool {
+        let around = |bank: &Range| Range {
+            base: bank.base / LEVEL1_SIZE,
+            size: (bank.base % LEVEL1_SIZE).saturating_add(bank.size).div_ceil(LEVEL1_SIZE),
+        };
+        let mut banks = ram.banks().iter().filter(|bank| bank.size != 0).map(around);
+        let first = banks.next().unwrap_or_default();
+        banks.any(|bank| bank.overlaps(&first))
     }
 
     /// The place of the level 2 table for the GiB of RAM around `pa`: the

@@ -9,6 +9,8 @@
 extern crate std;
 
 pub mod addr;
+#[cfg(any(test, feature = "audit"))]
+pub mod audit;
 pub mod drbg;
 pub mod exit;
 pub mod guest_map;

@@ -99,11 +99,13 @@ pub struct Run {
 /// One VM.
 pub struct Vm {
     phase: Phase,
-    slot: VmSlot,
+    pub(crate) slot: VmSlot,
     generation: u32,
     config: Config,
     ram: [Range; MAX_RAM_RANGES],
-    map: GuestMap,
+    /// Around all device pages: no RAM can be declared there any more.
+    devices: Range,
+    pub(crate) map: GuestMap,
     launch: Launch,
     vcpus: [Option<Vcpu>; MAX_VCPUS_PER_VM],
     running: u32,
@@ -136,6 +138,7 @@ impl Vm {
         generation: 0,
         config: Config { ipa_bits: 0, gic: 0, max_vcpus: 0 },
         ram: [Range { base: 0, size: 0 }; MAX_RAM_RANGES],
+        devices: Range { base: 0, size: 0 },
         map: GuestMap::new(VmSlot(0), Pa(0)),
         launch: Launch::NEW,
         vcpus: [None; MAX_VCPUS_PER_VM],
@@ -215,7 +218,8 @@ impl Vm {
         if self.ram.contains(&range) {
             return Ok(());
         }
-        if self.ram.iter().any(|r| r.size != 0 && r.overlaps(&range)) {
+        let taken = |r: &Range| r.size != 0 && r.overlaps(&range);
+        if self.ram.iter().any(taken) || taken(&self.devices) {
             return Err(Error::Invalid);
         }
         let free = self.ram.iter_mut().find(|r| r.size == 0).ok_or(Error::NoMemory)?;
@@ -385,7 +389,12 @@ impl Vm {
         if self.is_ram(ipa) || self.config.gic != 2 {
             return Err(Error::Denied.into());
         }
-        Ok(self.map.map_device(m.hw(), ipa, pa)?)
+        self.map.map_device(m.hw(), ipa, pa)?;
+        let Range { base, size } = self.devices;
+        let (first, end) = if size == 0 { (ipa.0, ipa.0) } else { (base, base + size) };
+        let first = first.min(ipa.0);
+        self.devices = Range { base: first, size: end.max(ipa.0 + PAGE_SIZE) - first };
+        Ok(())
     }
 
     /// Gives `n` pages from `ipa` on back to the host, wiped; holes are skipped.
@@ -440,12 +449,20 @@ impl Vm {
             }
             at = at.offset(PAGE_SIZE);
         }
+        let mut result = Ok(());
         for page in claimed.into_iter().flatten() {
-            // All of them are RAM, which the host's map can always split.
-            let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
-            self.map.add_to_pool(m.hw(), m.pages(), page.scrub(m.hw()));
+            // All of them are RAM, which the host's map can always split; still
+            // no page must be lost.
+            if result.is_err() {
+                m.pages().unclaim(page);
+                continue;
+            }
+            match m.with_host_map(|map| map.hide(m.hw(), m.pages(), page)) {
+                Ok(page) => self.map.add_to_pool(m.hw(), m.pages(), page.scrub(m.hw())),
+                Err(error) => result = Err(error),
+            }
         }
-        Ok(())
+        result
     }
 
     /// Gives vCPU `idx` to the calling CPU, to run it.
@@ -547,9 +564,9 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::Busy`] while a vCPU runs, [`Error::Again`] while there is more,
-    /// [`Error::State`] if the VM is being destroyed.
+    /// [`Error::State`] if there is no VM or it is being destroyed.
     pub fn reset(&mut self, m: &impl Machine) -> Result<(), Error> {
-        if self.phase == Phase::Destroying {
+        if matches!(self.phase, Phase::Free | Phase::Destroying) {
             return Err(Error::State);
         }
         self.scrub(m, Phase::Resetting)?;
@@ -558,6 +575,7 @@ impl Vm {
             vcpu.boot = None;
             vcpu.starting = None;
         }
+        self.devices = Range::default();
         self.launch = Launch::NEW;
         self.phase = Phase::Open;
         Ok(())
@@ -581,12 +599,16 @@ impl Vm {
     /// One step of a destruction. `free_context` gets the contexts of the vCPUs.
     ///
     /// # Errors
-    /// [`Error::Busy`] while a vCPU runs, [`Error::Again`] while there is more.
+    /// [`Error::State`] if there is no VM, [`Error::Busy`] while a vCPU runs,
+    /// [`Error::Again`] while there is more.
     pub fn destroy(
         &mut self,
         m: &impl Machine,
         mut free_context: impl FnMut(u16),
     ) -> Result<(), Error> {
+        if self.phase == Phase::Free {
+            return Err(Error::State);
+        }
         self.scrub(m, Phase::Destroying)?;
         for _ in 0..MAX_PAGES_PER_CALL {
             let Some(page) = self.map.take_from_pool(m.hw(), m.pages()) else { break };
@@ -602,6 +624,7 @@ impl Vm {
             }
         }
         self.ram = [Range::default(); MAX_RAM_RANGES];
+        self.devices = Range::default();
         self.launch = Launch::NEW;
         self.phase = Phase::Free;
         Ok(())
@@ -611,6 +634,12 @@ impl Vm {
     #[must_use]
     pub const fn is_running(&self) -> bool {
         self.running != 0
+    }
+
+    /// The run pages of its vCPUs.
+    #[cfg(any(test, feature = "audit"))]
+    pub(crate) fn run_pages(&self) -> impl Iterator<Item = Pa> {
+        self.vcpus.iter().flatten().map(|vcpu| vcpu.run_page)
     }
 
     /// Number of vCPUs.
@@ -643,3 +672,6 @@ impl From<Error> for MapOrError {
         Self::Other(error)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,768 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+use std::collections::HashMap;
+use std::string::String;
+use std::vec::Vec;
+use std::{boxed::Box, format, vec};
+
+use super::*;
+use crate::audit::Audit;
+use crate::fake::{
+    BANK2, BASE, CARVEOUT, Event, FakeMachine, PAGES, UART, host_page, records, root,
+};
+use crate::stage2::{Attributes, Entry};
+
+const RAM: u64 = 0x8000_0000;
+const SLOT: VmSlot = VmSlot(1);
+const CONFIG: Config = Config { ipa_bits: 33, gic: 2, max_vcpus: 20 };
+const BOOT: Boot = Boot { pc: RAM, x: [1, 2, 3, 4] };
+/// Where the fixture's host pages go: run pages, pool, memory.
+const RUN: u64 = 0;
+const POOL: u64 = 2;
+const MEM: u64 = 16;
+
+/// All that a call could change.
+#[derive(PartialEq, Debug)]
+pub(crate) struct Snapshot {
+    memory: HashMap<u64, Box<[u64; 512]>>,
+    owners: Vec<Option<Owner>>,
+    vms: Vec<String>,
+}
+
+impl Snapshot {
+    pub(crate) fn new<'a>(m: &FakeMachine<'_>, vms: impl Iterator<Item = &'a Vm>) -> Self {
+        let pages = m.pages.ram().banks().iter().flat_map(|bank| {
+            (0..bank.size).step_by(4096).map(|at| m.pages.owner(Pa(bank.base + at)))
+        });
+        let state = |vm: &Vm| {
+            let Vm { phase, slot, generation, config, ram, devices, map, launch, .. } = vm;
+            let Vm { vcpus, running, cntvoff, .. } = vm;
+            let digest = launch.digest(config, ram.iter(), core::iter::empty());
+            format!(
+                "{phase:?} {slot:?} {generation} {config:?} {ram:?} {devices:?} {map:?} \
+                 {vcpus:?} {running} {cntvoff} {digest:x?} {:?}",
+                launch.check(Ipa(RAM))
+            )
+        };
+        Self { memory: m.hw.snapshot(), owners: pages.collect(), vms: vms.map(state).collect() }
+    }
+}
+
+/// Every invariant that an audit can see, and no translation left behind.
+pub(crate) fn check<'a>(m: &FakeMachine<'_>, vms: impl Iterator<Item = &'a Vm>) {
+    let mut scratch = [0; PAGES / 64];
+    let mut audit = Audit::new(&m.hw, &m.pages, &mut scratch).unwrap();
+    m.with_host_map(|map| audit.host(map)).unwrap();
+    for vm in vms {
+        audit.vm(vm).unwrap();
+    }
+    audit.finish().unwrap();
+    assert_eq!(m.hw.stale(), vec![]);
+}
+
+/// Makes a call that must be refused and change nothing.
+fn refused<T: core::fmt::Debug, E: core::fmt::Debug>(
+    m: &FakeMachine<'_>,
+    vm: &mut Vm,
+    f: impl FnOnce(&mut Vm) -> Result<T, E>,
+) -> E {
+    let before = Snapshot::new(m, core::iter::once(&*vm));
+    let error = f(vm).unwrap_err();
+    assert!(before == Snapshot::new(m, core::iter::once(&*vm)), "{error:?} has changed something");
+    check(m, core::iter::once(&*vm));
+    error
+}
+
+fn other(error: Error) -> MapOrError {
+    MapOrError::Other(error)
+}
+
+/// A VM with RAM, vCPUs 0 (on at launch) and 17, and four spare tables.
+fn open(m: &FakeMachine<'_>) -> Vm {
+    let mut vm = Vm::FREE;
+    vm.create(SLOT, root(SLOT), CONFIG, 7).unwrap();
+    vm.add_ram(RAM, 0x4000_0000).unwrap();
+    vm.create_vcpu(m, 0, host_page(RUN).0, 5).unwrap();
+    vm.create_vcpu(m, 17, host_page(RUN + 1).0, 6).unwrap();
+    vm.set_boot(0, BOOT).unwrap();
+    vm.donate_pool(m, host_page(POOL).0, 4).unwrap();
+    vm
+}
+
+fn active(m: &FakeMachine<'_>) -> Vm {
+    let mut vm = open(m);
+    vm.activate(m).unwrap();
+    vm
+}
+
+fn destroy(m: &FakeMachine<'_>, vm: &mut Vm) -> (u32, Vec<u16>) {
+    let (mut steps, mut contexts) = (1, Vec::new());
+    while let Err(error) = vm.destroy(m, |context| contexts.push(context)) {
+        assert_eq!(error, Error::Again);
+        check(m, core::iter::once(&*vm));
+        steps += 1;
+    }
+    (steps, contexts)
+}
+
+fn reset(m: &FakeMachine<'_>, vm: &mut Vm) -> u32 {
+    let mut steps = 1;
+    while let Err(error) = vm.reset(m) {
+        assert_eq!(error, Error::Again);
+        check(m, core::iter::once(&*vm));
+        steps += 1;
+    }
+    steps
+}
+
+/// The guest's page at `ipa`, as its map has it.
+fn guest_page(m: &FakeMachine<'_>, vm: &Vm, ipa: u64) -> Option<Pa> {
+    let mut table = vm.map.root;
+    for slot in [ipa >> 30, ipa >> 21 & 511] {
+        let entry = Entry(m.hw.peek(table, index(slot)));
+        if !entry.is_valid() {
+            return None;
+        }
+        table = entry.address();
+    }
+    let entry = Entry(m.hw.peek(table, index(ipa >> 12 & 511)));
+    assert!(!entry.is_valid() || entry == Entry::page(entry.address(), Attributes::Memory));
+    entry.is_valid().then(|| entry.address())
+}
+
+fn is_hidden(m: &FakeMachine<'_>, pa: Pa) -> bool {
+    let leaf = m.host_leaf(pa).unwrap();
+    leaf == Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly)
+}
+
+#[test]
+fn handles_name_a_slot_and_a_generation() {
+    assert_eq!(handle_slot(0), None);
+    assert_eq!(handle_slot(0x1_0000), None);
+    assert_eq!(handle_slot(1), Some(VmSlot(0)));
+    assert_eq!(handle_slot(0xabc_0080), Some(VmSlot(127)));
+    assert_eq!(handle_slot(129), None);
+    assert_eq!(handle_slot(0x101), None);
+    assert_eq!(handle_slot(u64::MAX), None);
+
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = Vm::FREE;
+    assert!(!vm.exists());
+    assert_eq!(vm.check_handle(vm.handle()), Err(Error::Invalid));
+    let first = vm.create(SLOT, root(SLOT), CONFIG, 0).unwrap();
+    assert_eq!(handle_slot(first), Some(SLOT));
+    assert!(vm.exists());
+    assert_eq!(vm.check_handle(first), Ok(()));
+    assert_eq!(vm.check_handle(first - 1), Err(Error::Invalid));
+    destroy(&m, &mut vm);
+    assert!(!vm.exists());
+    assert_eq!(vm.check_handle(first), Err(Error::Invalid));
+    let second = vm.create(SLOT, root(SLOT), CONFIG, 0).unwrap();
+    assert_ne!(first, second);
+    assert_eq!(handle_slot(second), Some(SLOT));
+    assert_eq!(vm.check_handle(first), Err(Error::Invalid));
+    vm.generation = u32::MAX;
+    assert_eq!(vm.handle(), 0xffff_ffff_0002);
+    destroy(&m, &mut vm);
+    vm.create(SLOT, root(SLOT), CONFIG, 0).unwrap();
+}
+
+#[test]
+fn a_bad_configuration_makes_no_vm() {
+    let mut vm = Vm::FREE;
+    for config in [
+        Config { max_vcpus: 0, ..CONFIG },
+        Config { max_vcpus: 65, ..CONFIG },
+        Config { ipa_bits: 31, ..CONFIG },
+        Config { ipa_bits: 41, ..CONFIG },
+        Config { ipa_bits: u64::MAX, ..CONFIG },
+        Config { gic: 1, ..CONFIG },
+        Config { gic: 4, ..CONFIG },
+    ] {
+        assert_eq!(vm.create(SLOT, root(SLOT), config, 0), Err(Error::Invalid));
+        assert!(!vm.exists());
+        assert_eq!(vm.generation, 0);
+    }
+    for config in [
+        Config { max_vcpus: 1, ipa_bits: 32, gic: 0 },
+        Config { max_vcpus: 64, ipa_bits: 40, gic: 3 },
+    ] {
+        let mut vm = Vm::FREE;
+        vm.create(SLOT, root(SLOT), config, 9).unwrap();
+        assert_eq!((*vm.config(), vm.cntvoff()), (config, 9));
+        assert_eq!(vm.create(SLOT, root(SLOT), CONFIG, 0), Err(Error::Busy));
+        assert_eq!((*vm.config(), vm.cntvoff()), (config, 9));
+    }
+}
+
+#[test]
+fn ram_is_declared_once_in_pages_and_in_space() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    for (ipa, size) in [
+        (0, 0),
+        (0x800, 0x1000),
+        (0x1000, 0x800),
+        (1 << 33, 0x1000),
+        ((1 << 33) - 0x1000, 0x2000),
+        (0, u64::MAX - 0xfff),
+        (u64::MAX - 0xfff, 0x1000),
+        (RAM - 0x1000, 0x2000),
+        (RAM + 0x3fff_f000, 0x2000),
+        (RAM, 0x1000),
+        (0, 1 << 33),
+    ] {
+        let error = refused(&m, &mut vm, |vm| vm.add_ram(ipa, size));
+        assert_eq!(error, Error::Invalid, "{ipa:#x} {size:#x}");
+    }
+    vm.add_ram(RAM, 0x4000_0000).unwrap();
+    assert!(vm.is_ram(Ipa(RAM)) && vm.is_ram(Ipa(RAM + 0x3fff_f000)));
+    assert!(!vm.is_ram(Ipa(RAM - 0x1000)) && !vm.is_ram(Ipa(RAM + 0x4000_0000)));
+    assert!(!vm.is_ram(Ipa(0)) && !vm.is_ram(Ipa(u64::MAX - 0xfff)));
+    vm.add_ram((1 << 33) - 0x1000, 0x1000).unwrap();
+    for i in 0..6 {
+        vm.add_ram(i * 0x1000, 0x1000).unwrap();
+    }
+    assert_eq!(refused(&m, &mut vm, |vm| vm.add_ram(0x6000, 0x1000)), Error::NoMemory);
+    vm.add_ram(0, 0x1000).unwrap();
+    vm.activate(&m).unwrap();
+    assert_eq!(refused(&m, &mut vm, |vm| vm.add_ram(RAM, 0x4000_0000)), Error::State);
+}
+
+#[test]
+fn a_run_page_is_lent_by_the_host() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    assert_eq!(vm.vcpu_count(), 2);
+    let page = host_page(RUN);
+    assert_eq!(m.pages.owner(page), Some(Owner::RunPage(SLOT)));
+    assert!(m.host_leaf(page).unwrap().is_writable());
+    let free = host_page(MEM).0;
+    let mut create = |idx, page| refused(&m, &mut vm, |vm| vm.create_vcpu(&m, idx, page, 8));
+    assert_eq!(create(1, free + 8), Error::Invalid);
+    assert_eq!(create(20, free), Error::Invalid);
+    assert_eq!(create(u64::MAX, free), Error::Invalid);
+    assert_eq!(create(0, free), Error::State);
+    assert_eq!(create(1, page.0), Error::Denied);
+    assert_eq!(create(1, host_page(POOL).0), Error::Denied);
+    assert_eq!(create(1, BASE), Error::Denied);
+    assert_eq!(create(1, UART), Error::Denied);
+    let claimed = m.pages.claim(Pa(free), Owner::Host).unwrap();
+    assert_eq!(vm.create_vcpu(&m, 1, free, 8), Err(Error::Again));
+    m.pages.unclaim(claimed);
+    // Lent is not given: it can't be donated.
+    let lent = |vm: &mut Vm| vm.donate_pool(&m, page.0, 1);
+    assert_eq!(refused(&m, &mut vm, lent), Error::Denied);
+    vm.activate(&m).unwrap();
+    let lent = |vm: &mut Vm| vm.map_page(&m, RAM, page.0);
+    assert_eq!(refused(&m, &mut vm, lent), other(Error::Denied));
+    let late = |vm: &mut Vm| vm.create_vcpu(&m, 1, free, 8);
+    assert_eq!(refused(&m, &mut vm, late), Error::State);
+}
+
+#[test]
+fn boot_contexts_are_set_while_open() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.set_boot(1, BOOT)), Error::Invalid);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.set_boot(64, BOOT)), Error::Invalid);
+    vm.activate(&m).unwrap();
+    assert_eq!(refused(&m, &mut vm, |vm| vm.set_boot(0, BOOT)), Error::State);
+}
+
+#[test]
+fn the_digest_is_that_of_the_configuration_and_the_image() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = Vm::FREE;
+    vm.create(SLOT, root(SLOT), CONFIG, 7).unwrap();
+    vm.add_ram(RAM, 0x10_0000).unwrap();
+    vm.add_ram(0x1000, 0x1000).unwrap();
+    vm.create_vcpu(&m, 0, host_page(RUN).0, 5).unwrap();
+    vm.create_vcpu(&m, 2, host_page(RUN + 1).0, 5).unwrap();
+    vm.donate_pool(&m, host_page(POOL).0, 4).unwrap();
+    assert_eq!(refused(&m, &mut vm, |vm| vm.activate(&m)), Error::State);
+    vm.set_boot(2, BOOT).unwrap();
+    m.hw.poke(host_page(MEM), 511, 0x1234);
+    let mut buffer = [0; 4096];
+    vm.populate(&m, RAM, host_page(MEM).0, &mut buffer).unwrap();
+    m.hw.take_events();
+    let digest = vm.activate(&m).unwrap();
+    assert!(m.hw.take_events().contains(&Event::InvalidateIcache));
+    let mut launch = Launch::NEW;
+    let mut content = [0; 4096];
+    content[4088..4090].copy_from_slice(&[0x34, 0x12]);
+    launch.add_page(Ipa(RAM), &content);
+    let ram = [Range { base: 0x1000, size: 0x1000 }, Range { base: RAM, size: 0x10_0000 }];
+    assert_eq!(digest, launch.digest(&CONFIG, ram.iter(), core::iter::once((2, BOOT))));
+    assert_eq!(vm.power(0), Some(Power::Off));
+    assert_eq!(vm.power(2), Some(Power::Pending(BOOT)));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.activate(&m)), Error::State);
+}
+
+#[test]
+fn an_image_page_is_measured_out_of_the_hosts_hands() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    let page = host_page(MEM);
+    m.hw.poke(page, 3, 42);
+    let mut buffer = [0; 4096];
+    let mut populate = |vm: &mut Vm, ipa, pa: u64| vm.populate(&m, ipa, pa, &mut buffer);
+    m.hw.take_events();
+    populate(&mut vm, RAM + 0x5000, page.0).unwrap();
+    let events = m.hw.take_events();
+    let at = |event| events.iter().position(|e| *e == event).unwrap();
+    assert!(at(Event::InvalidateHost(Ipa(page.0))) < at(Event::Copy(page)));
+    assert_eq!(guest_page(&m, &vm, RAM + 0x5000), Some(page));
+    assert_eq!(m.pages.owner(page), Some(Owner::Private(SLOT)));
+    assert_eq!(m.hw.peek(page, 3), 42);
+    assert!(is_hidden(&m, page));
+    check(&m, core::iter::once(&vm));
+
+    let free = host_page(MEM + 2).0;
+    let mut bad = |ipa, pa| refused(&m, &mut vm, |vm| populate(vm, ipa, pa));
+    assert_eq!(bad(RAM + 0x4000, free), other(Error::Invalid));
+    assert_eq!(bad(RAM + 0x5000, free), other(Error::Denied));
+    assert_eq!(bad(RAM + 0x6000, free + 8), other(Error::Invalid));
+    assert_eq!(bad(RAM + 0x6008, free), other(Error::Invalid));
+    assert_eq!(bad(RAM + 0x4000_0000, free), other(Error::Denied));
+    assert_eq!(bad(RAM + 0x6000, page.0), other(Error::Denied));
+    assert_eq!(bad(RAM + 0x6000, BASE + 0x1000), other(Error::Denied));
+    assert_eq!(bad(RAM + 0x6000, UART), other(Error::Denied));
+    populate(&mut vm, RAM + 0x6000, free).unwrap();
+    vm.activate(&m).unwrap();
+    let late = |vm: &mut Vm| populate(vm, RAM + 0x7000, host_page(MEM + 4).0);
+    assert_eq!(refused(&m, &mut vm, late), other(Error::State));
+}
+
+#[test]
+fn a_donated_page_is_wiped_before_the_guest_gets_it() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    m.hw.load(vm.map.vttbr());
+    let page = host_page(MEM + 1);
+    m.hw.poke(page, 0, 42);
+    m.hw.take_events();
+    vm.map_page(&m, RAM + 0x3000, page.0).unwrap();
+    let events = m.hw.take_events();
+    let at = |event| events.iter().position(|e| *e == event).unwrap();
+    assert!(at(Event::InvalidateHost(Ipa(page.0))) < at(Event::Zero(page)));
+    let leaf = Entry::page(page, Attributes::Memory).0;
+    let mapped = events.iter().position(|e| matches!(e, Event::Write(_, 3, v) if *v == leaf));
+    assert!(at(Event::Zero(page)) < at(Event::InvalidateIcache));
+    assert!(at(Event::InvalidateIcache) < mapped.unwrap());
+    assert!(m.hw.is_zero(page) && is_hidden(&m, page));
+    assert_eq!(guest_page(&m, &vm, RAM + 0x3000), Some(page));
+    check(&m, core::iter::once(&vm));
+
+    let free = host_page(MEM).0;
+    let mut bad = |ipa, pa| refused(&m, &mut vm, |vm| vm.map_page(&m, ipa, pa));
+    assert_eq!(bad(RAM + 0x3000, free), other(Error::Denied));
+    assert_eq!(bad(RAM + 8, free), other(Error::Invalid));
+    assert_eq!(bad(RAM, free + 8), other(Error::Invalid));
+    assert_eq!(bad(RAM - 0x1000, free), other(Error::Denied));
+    assert_eq!(bad(u64::MAX - 0xfff, free), other(Error::Denied));
+    assert_eq!(bad(RAM, page.0), other(Error::Denied));
+    assert_eq!(bad(RAM, host_page(POOL).0), other(Error::Denied));
+    assert_eq!(bad(RAM, BASE + CARVEOUT - 0x1000), other(Error::Denied));
+    assert_eq!(bad(RAM, BANK2 + (2 << 20)), other(Error::Denied));
+    let claimed = m.pages.claim(Pa(free), Owner::Host).unwrap();
+    assert_eq!(vm.map_page(&m, RAM, free), Err(other(Error::Again)));
+    m.pages.unclaim(claimed);
+    let mut vm = open(&FakeMachine::new(&self::records()));
+    let closed = vm.map_page(&m, RAM, free);
+    assert_eq!(closed, Err(other(Error::State)));
+}
+
+#[test]
+fn a_short_pool_says_how_many_pages_it_wants() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = Vm::FREE;
+    vm.create(SLOT, root(SLOT), CONFIG, 7).unwrap();
+    vm.add_ram(0, 1 << 33).unwrap();
+    vm.create_vcpu(&m, 0, host_page(RUN).0, 5).unwrap();
+    vm.set_boot(0, BOOT).unwrap();
+    vm.activate(&m).unwrap();
+    let page = host_page(MEM).0;
+    for wanted in [2, 1] {
+        let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM, page));
+        assert_eq!(error, MapOrError::Tables(wanted));
+        vm.donate_pool(&m, host_page(POOL + 2 * wanted).0, 1).unwrap();
+    }
+    vm.map_page(&m, RAM, page).unwrap();
+    assert_eq!(vm.map.pool_len(), 0);
+    assert_eq!(m.pages.census().table, 2);
+    // Another 2 MiB of the same GiB wants one table, another GiB two.
+    let page = host_page(MEM + 2).0;
+    let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM + (2 << 20), page));
+    assert_eq!(error, MapOrError::Tables(1));
+    let error = refused(&m, &mut vm, |vm| vm.map_page(&m, 0, page));
+    assert_eq!(error, MapOrError::Tables(2));
+    vm.map_page(&m, RAM + 0x1000, page).unwrap();
+    check(&m, core::iter::once(&vm));
+}
+
+#[test]
+fn a_device_page_never_lies_in_ram() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    let gicv = Pa(0x804_0000);
+    let mut bad = |ipa| refused(&m, &mut vm, |vm| vm.map_device(&m, ipa, gicv));
+    assert_eq!(bad(0x1008), other(Error::Invalid));
+    assert_eq!(bad(1 << 33), other(Error::Invalid));
+    assert_eq!(bad(RAM), other(Error::Denied));
+    vm.map_device(&m, 0x802_0000, gicv).unwrap();
+    let again = |vm: &mut Vm| vm.map_device(&m, 0x802_0000, gicv);
+    assert_eq!(refused(&m, &mut vm, again), other(Error::Denied));
+    vm.map_device(&m, 0x801_f000, gicv.offset(0x1000)).unwrap();
+    check(&m, core::iter::once(&vm));
+    // Neither may RAM come to lie over it.
+    for (ipa, size) in [(0x801_f000, 0x1000), (0x802_0000, 0x1000), (0x800_0000, 0x10_0000)] {
+        assert_eq!(refused(&m, &mut vm, |vm| vm.add_ram(ipa, size)), Error::Invalid);
+    }
+    vm.add_ram(0x802_1000, 0x1000).unwrap();
+    vm.unmap_pages(&m, 0x802_0000, 1).unwrap();
+    assert_ne!(vm.map_device(&m, 0x802_0000, gicv), Ok(()));
+    vm.activate(&m).unwrap();
+    vm.map_device(&m, 0x803_0000, gicv).unwrap();
+    // All of it goes with a reset.
+    reset(&m, &mut vm);
+    vm.add_ram(0x802_0000, 0x1000).unwrap();
+    vm.map_device(&m, 0x803_0000, gicv).unwrap();
+    destroy(&m, &mut vm);
+    assert_eq!(vm.map_device(&m, 0x803_0000, gicv), Err(other(Error::State)));
+    let config = Config { gic: 3, ..CONFIG };
+    vm.create(SLOT, root(SLOT), config, 0).unwrap();
+    vm.donate_pool(&m, host_page(POOL).0, 4).unwrap();
+    let gicv3 = |vm: &mut Vm| vm.map_device(&m, 0x803_0000, gicv);
+    assert_eq!(refused(&m, &mut vm, gicv3), other(Error::Denied));
+    vm.add_ram(0x803_0000, 0x1000).unwrap();
+}
+
+#[test]
+fn pages_come_back_wiped() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    m.hw.load(vm.map.vttbr());
+    let (a, b) = (host_page(MEM), host_page(MEM + 1));
+    vm.map_page(&m, RAM, a.0).unwrap();
+    vm.map_page(&m, RAM + 0x2000, b.0).unwrap();
+    m.hw.poke(a, 9, 0x5ec0);
+    m.hw.poke(b, 9, 0x5ec0);
+    let mut bad = |ipa, n| refused(&m, &mut vm, |vm| vm.unmap_pages(&m, ipa, n));
+    assert_eq!(bad(RAM, 33), Error::Invalid);
+    assert_eq!(bad(RAM, u64::MAX), Error::Invalid);
+    assert_eq!(bad(RAM + 8, 1), Error::Invalid);
+    assert_eq!(bad((1 << 33) - 0x1000, 2), Error::Invalid);
+    assert_eq!(bad(u64::MAX - 0xfff, 1), Error::Invalid);
+    vm.unmap_pages(&m, RAM, 0).unwrap();
+    assert_eq!(guest_page(&m, &vm, RAM), Some(a));
+    m.hw.take_events();
+    // Holes, and the end of the guest's RAM, are skipped.
+    vm.unmap_pages(&m, RAM - 0x1000, 32).unwrap();
+    let events = m.hw.take_events();
+    let at = |event| events.iter().position(|e| *e == event).unwrap();
+    for (ipa, page) in [(RAM, a), (RAM + 0x2000, b)] {
+        let gone = at(Event::InvalidateGuest(vm.map.vttbr(), Ipa(ipa)));
+        let shown = Entry::page(page, Attributes::Memory).0;
+        let shown = events.iter().position(|e| matches!(e, Event::Write(_, _, v) if *v == shown));
+        assert!(gone < at(Event::Zero(page)) && at(Event::Zero(page)) < shown.unwrap());
+        assert_eq!(guest_page(&m, &vm, ipa), None);
+        assert_eq!(m.pages.owner(page), Some(Owner::Host));
+        assert!(m.hw.is_zero(page));
+        assert_eq!(m.host_leaf(page), Some(Entry::page(page, Attributes::Memory)));
+    }
+    assert_eq!(m.pages.census().private, 0);
+    check(&m, core::iter::once(&vm));
+    vm.phase = Phase::Resetting;
+    assert_eq!(vm.unmap_pages(&m, RAM, 1), Err(Error::State));
+    vm.phase = Phase::Free;
+    assert_eq!(vm.unmap_pages(&m, RAM, 1), Err(Error::State));
+}
+
+#[test]
+fn pool_pages_are_donated_all_or_none() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    assert_eq!((vm.map.pool_len(), m.pages.census().table), (4, 4));
+    let first = BASE + CARVEOUT + 0x10_0000;
+    let mut bad = |pa, n| refused(&m, &mut vm, |vm| vm.donate_pool(&m, pa, n));
+    assert_eq!(bad(first, 0), Error::Invalid);
+    assert_eq!(bad(first, 33), Error::Invalid);
+    assert_eq!(bad(first + 8, 1), Error::Invalid);
+    assert_eq!(bad(BASE + CARVEOUT - 0x1000, 2), Error::Denied);
+    assert_eq!(bad(BASE + (6 << 20) - 0x1000, 2), Error::Denied);
+    assert_eq!(bad(host_page(POOL).0 - 0x1000, 2), Error::Denied);
+    assert_eq!(bad(u64::MAX - 0xfff, 2), Error::Denied);
+    // The last of the range is in another CPU's hands.
+    let last = m.pages.claim(Pa(first + 31 * 0x1000), Owner::Host).unwrap();
+    assert_eq!(vm.donate_pool(&m, first, 32), Err(Error::Again));
+    m.pages.unclaim(last);
+    assert_eq!(vm.map.pool_len(), 4);
+    check(&m, core::iter::once(&vm));
+    m.hw.poke(Pa(first), 7, 42);
+    vm.donate_pool(&m, first, 32).unwrap();
+    assert_eq!((vm.map.pool_len(), m.pages.census().table), (36, 36));
+    assert_eq!(m.hw.peek(Pa(first), 7), 0);
+    check(&m, core::iter::once(&vm));
+    vm.phase = Phase::Destroying;
+    assert_eq!(refused(&m, &mut vm, |vm| vm.donate_pool(&m, first, 1)), Error::State);
+}
+
+#[test]
+fn a_vcpu_runs_on_one_cpu_at_a_time() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::State);
+    vm.activate(&m).unwrap();
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(1)), Error::Invalid);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(u64::MAX)), Error::Invalid);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(17)), Error::State);
+    assert!(!vm.is_running());
+    let run = vm.enter(0).unwrap();
+    let expected = Run {
+        context: 5,
+        run_page: host_page(RUN),
+        start: Some(BOOT),
+        vttbr: 2 << 48 | root(SLOT).0,
+        cntvoff: 7,
+        gic: 2,
+    };
+    assert_eq!(run, expected);
+    assert!(vm.is_running());
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::Busy);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.reset(&m)), Error::Busy);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.destroy(&m, |_| panic!("running"))), Error::Busy);
+    // The entry was refused: it starts the next time.
+    vm.leave(0);
+    assert!(!vm.is_running());
+    vm.leave(0);
+    vm.leave(17);
+    vm.leave(1);
+    assert!(!vm.is_running());
+    assert_eq!(vm.enter(0).unwrap().start, Some(BOOT));
+    vm.started(0);
+    assert_eq!(vm.power(0), Some(Power::On));
+    vm.leave(0);
+    assert_eq!(vm.enter(0).unwrap().start, None);
+    vm.cpu_off(0);
+    vm.leave(0);
+    assert_eq!(vm.power(0), Some(Power::Off));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::State);
+}
+
+#[test]
+fn the_guest_says_where_a_vcpu_starts() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    vm.enter(0).unwrap();
+    vm.started(0);
+    let boot = Boot { pc: 0x1234, x: [9, 0, 0, 0] };
+    assert_eq!(mpidr_affinity(17), 0x101);
+    assert_eq!(mpidr_affinity(0xfff), 0xff0f);
+    assert_eq!(vm.cpu_on(0, 0x100, boot), Err(None));
+    assert_eq!(vm.cpu_on(0, 17, boot), Err(None));
+    assert_eq!(vm.cpu_on(0, 0x104, boot), Err(None));
+    assert_eq!(vm.power(0x100), None);
+    assert_eq!(vm.power(0x101), Some(Power::Off));
+    assert_eq!(vm.cpu_on(0, 0x101, boot), Ok(()));
+    assert_eq!(vm.power(0x101), Some(Power::Pending(boot)));
+    assert_eq!(vm.cpu_on(0, 0x101, BOOT), Err(Some(Power::Pending(boot))));
+    // The host did it.
+    vm.cpu_on_answered(0, 0);
+    assert_eq!(vm.power(0x101), Some(Power::Pending(boot)));
+    // A later answer is about another call.
+    vm.cpu_on_answered(0, 1);
+    assert_eq!(vm.power(0x101), Some(Power::Pending(boot)));
+    assert_eq!(vm.enter(17).unwrap().start, Some(boot));
+    vm.started(17);
+    assert_eq!(vm.cpu_on(0, 0x101, BOOT), Err(Some(Power::On)));
+    assert_eq!(vm.cpu_on(17, 0, BOOT), Err(Some(Power::On)));
+    vm.cpu_off(17);
+    vm.leave(17);
+    // The host could not do it.
+    vm.cpu_on(0, 0x101, boot).unwrap();
+    vm.cpu_on_answered(0, u64::MAX);
+    assert_eq!(vm.power(0x101), Some(Power::Off));
+    assert_eq!(vm.cpu_on(0, 0x101, BOOT), Ok(()));
+    // It says so, but runs it already: too late.
+    vm.enter(17).unwrap();
+    vm.cpu_on_answered(0, u64::MAX);
+    assert_eq!(vm.power(0x101), Some(Power::Pending(BOOT)));
+    vm.leave(17);
+    vm.cpu_off(17);
+    vm.cpu_on(0, 0x101, boot).unwrap();
+    vm.enter(17).unwrap();
+    vm.started(17);
+    vm.leave(17);
+    vm.cpu_on_answered(0, u64::MAX);
+    assert_eq!(vm.power(0x101), Some(Power::On));
+    // Nobody's answer.
+    vm.cpu_on_answered(63, 1);
+    vm.cpu_off(63);
+    vm.started(63);
+}
+
+/// Maps `n` pages from both banks at spread addresses; each holds a secret.
+fn fill(m: &FakeMachine<'_>, vm: &mut Vm, n: u64) {
+    for i in 0..n {
+        let page = host_page(2 * MEM + i);
+        let ipa = RAM + (i % 2) * (2 << 20) + i / 2 * 0x6000;
+        vm.map_page(m, ipa, page.0).unwrap();
+        m.hw.poke(page, 5, 0x5ec0);
+    }
+}
+
+#[test]
+fn a_reset_returns_every_page_and_opens_the_launch() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = open(&m);
+    let handle = vm.handle();
+    vm.populate(&m, RAM + 0x1000, host_page(MEM).0, &mut [0; 4096]).unwrap();
+    let digest = vm.activate(&m).unwrap();
+    vm.enter(0).unwrap();
+    vm.started(0);
+    m.hw.load(vm.map.vttbr());
+    fill(&m, &mut vm, 150);
+    vm.cpu_on(0, 0x101, BOOT).unwrap();
+    m.hw.unload(vm.map.vttbr());
+    vm.leave(0);
+    check(&m, core::iter::once(&vm));
+    assert_eq!(m.pages.census().private, 151);
+
+    m.hw.take_events();
+    assert_eq!(vm.reset(&m), Err(Error::Again));
+    let events = m.hw.take_events();
+    assert_eq!(events[0], Event::InvalidateGuestAll(vm.map.vttbr()));
+    assert_eq!(m.pages.census().private, 151 - MAX_PAGES_PER_CALL);
+    // Half reset it can do nothing else.
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::State);
+    let page = host_page(MEM + 2).0;
+    assert_eq!(refused(&m, &mut vm, |vm| vm.map_page(&m, RAM, page)), other(Error::State));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.donate_pool(&m, page, 1)), Error::State);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.activate(&m)), Error::State);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.add_ram(0, 0x1000)), Error::State);
+    // 76 pages in one table, 75 in the other.
+    assert_eq!(reset(&m, &mut vm), 6);
+    assert_eq!(m.pages.census().private, 0);
+    assert_eq!((m.pages.census().table, vm.map.pool_len()), (4, 4));
+    for i in 0..150 {
+        assert!(m.hw.is_zero(host_page(2 * MEM + i)));
+    }
+    // The root is empty again.
+    assert!(m.hw.is_zero(vm.map.root) && m.hw.is_zero(vm.map.root.offset(PAGE_SIZE)));
+    // What stays: handle, RAM, vCPUs, offset. What doesn't: power, boot, image.
+    assert_eq!(vm.check_handle(handle), Ok(()));
+    assert_eq!((vm.vcpu_count(), vm.cntvoff()), (2, 7));
+    assert!(vm.is_ram(Ipa(RAM)));
+    assert_eq!((vm.power(0), vm.power(0x101)), (Some(Power::Off), Some(Power::Off)));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.activate(&m)), Error::State);
+    // Again is the same.
+    let before = Snapshot::new(&m, core::iter::once(&vm));
+    assert_eq!(reset(&m, &mut vm), 1);
+    assert!(before == Snapshot::new(&m, core::iter::once(&vm)));
+    // The same launch gives the same digest; no answer of before counts.
+    vm.set_boot(0, BOOT).unwrap();
+    vm.populate(&m, RAM + 0x1000, host_page(MEM).0, &mut [0; 4096]).unwrap();
+    assert_eq!(vm.activate(&m), Ok(digest));
+    vm.cpu_on(0, 0x101, BOOT).unwrap();
+    assert_eq!(vm.enter(0).unwrap().start, Some(BOOT));
+    check(&m, core::iter::once(&vm));
+}
+
+#[test]
+fn a_reset_forgets_a_cpu_on_in_flight() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    vm.cpu_on(0, 0x101, BOOT).unwrap();
+    reset(&m, &mut vm);
+    vm.set_boot(17, BOOT).unwrap();
+    vm.activate(&m).unwrap();
+    vm.cpu_on_answered(0, 1);
+    assert_eq!(vm.power(0x101), Some(Power::Pending(BOOT)));
+}
+
+#[test]
+fn a_destroyed_vm_leaves_nothing() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let census = m.pages.census();
+    let mut vm = active(&m);
+    vm.donate_pool(&m, BASE + CARVEOUT + 0x10_0000, 32).unwrap();
+    m.hw.load(vm.map.vttbr());
+    fill(&m, &mut vm, 40);
+    m.hw.unload(vm.map.vttbr());
+    assert_eq!(vm.reset(&m), Err(Error::Again));
+    assert_eq!(vm.destroy(&m, |_| panic!("not yet")), Err(Error::Again));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.reset(&m)), Error::State);
+    let (steps, contexts) = destroy(&m, &mut vm);
+    // Both tables' 20 pages, then 36 pool pages.
+    assert!((2..=5).contains(&steps), "{steps}");
+    assert_eq!(contexts, vec![5, 6]);
+    assert!(!vm.exists());
+    assert_eq!((vm.vcpu_count(), m.pages.census()), (0, census));
+    for n in 0..2 * MEM + 40 {
+        let page = host_page(n);
+        assert_eq!(m.pages.owner(page), Some(Owner::Host));
+        assert!(m.hw.is_zero(page));
+    }
+    assert!(m.hw.is_zero(root(SLOT)));
+    check(&m, core::iter::once(&vm));
+    // The dead can't be killed or raised.
+    assert_eq!(refused(&m, &mut vm, |vm| vm.reset(&m)), Error::State);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.destroy(&m, |_| ())), Error::State);
+    // A new one in the slot has none of the old.
+    vm.create(SLOT, root(SLOT), CONFIG, 8).unwrap();
+    assert!(!vm.is_ram(Ipa(RAM)));
+    assert_eq!(vm.map.pool_len(), 0);
+    check(&m, core::iter::once(&vm));
+}
+
+#[test]
+fn a_slot_never_used_has_nothing_to_tear_down() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = Vm::FREE;
+    assert_eq!(vm.reset(&m), Err(Error::State));
+    assert_eq!(vm.destroy(&m, |_| ()), Err(Error::State));
+    assert_eq!(m.hw.take_events(), vec![]);
+}
+
+#[test]
+fn an_address_space_of_several_gib_is_torn_down() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = Vm::FREE;
+    let config = Config { ipa_bits: 40, ..CONFIG };
+    vm.create(SLOT, root(SLOT), config, 0).unwrap();
+    vm.add_ram(0, 1 << 40).unwrap();
+    vm.create_vcpu(&m, 0, host_page(RUN).0, 0).unwrap();
+    vm.set_boot(0, BOOT).unwrap();
+    vm.donate_pool(&m, BASE + CARVEOUT + 0x10_0000, 20).unwrap();
+    vm.activate(&m).unwrap();
+    // First and last page of a GiB, in both halves of the root, the very last.
+    let ends = [0, 0x3fff_f000, 0x4000_0000, 512 << 30, (1 << 40) - 0x1000];
+    for (ipa, n) in ends.into_iter().zip(0..) {
+        vm.map_page(&m, ipa, host_page(MEM + n).0).unwrap();
+        assert_eq!(guest_page(&m, &vm, ipa), Some(host_page(MEM + n)));
+    }
+    check(&m, core::iter::once(&vm));
+    assert_eq!(vm.map.pool_len(), 20 - 9);
+    reset(&m, &mut vm);
+    assert_eq!(vm.map.pool_len(), 20);
+    destroy(&m, &mut vm);
+    check(&m, core::iter::once(&vm));
+}
