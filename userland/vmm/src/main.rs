@@ -1,3 +1,136 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! x
-fn main() {}
+//! A tiny VMM on KVM's ioctls that attacks its own guest: what does `KVM_GET_ONE_REG` show of a
+//! vCPU that has run, and does `KVM_SET_ONE_REG` take effect?
+//!
+//! `havmsi-vmm regs-read` and `havmsi-vmm regs-write` each run the guest of `tiny.rs` once and print
+//! a line `@vmm {"event":"check","id":...,"result":"exposed"|"protected"|"error","evidence":...}`.
+
+mod tiny;
+mod vm;
+
+use havmsi_proto::VMM_PREFIX;
+use havmsi_proto::json::Object;
+use std::process::ExitCode;
+use vm::{Reg, Stop, Vm};
+
+/// Registers that hold the guest's values, and which value.
+fn known() -> Vec<(Reg, u64)> {
+    let secret = |i: u8| tiny::SECRETS[usize::from(i)];
+    let general = (0..10).map(|i| (Reg::X(19 + i), secret(i)));
+    let fp = (0..8).map(|i| (Reg::D(8 + i), secret(i)));
+    let system = [(Reg::TpidrEl1, secret(8)), (Reg::TpidrEl0, secret(9))];
+    general.chain(fp).chain(system).collect()
+}
+
+fn seen(vm: &Vm) -> usize {
+    known().iter().filter(|(reg, value)| vm.get(*reg).is_ok_and(|v| v == *value)).count()
+}
+
+struct Finding {
+    exposed: bool,
+    evidence: String,
+}
+
+/// Looks at the registers after each exit.
+fn regs_read() -> Result<Finding, String> {
+    let mut vm = Vm::new()?;
+    let total = known().len();
+    let (mut texts, mut exposed) = (Vec::new(), false);
+    let mut phase = 0;
+    let mut changed = 0;
+    loop {
+        let stop = vm.run(phase == 3)?;
+        let found = seen(&vm);
+        let exit = match stop {
+            Stop::Store(tiny::PHASE, value) => {
+                phase = value;
+                "store"
+            }
+            Stop::Store(tiny::CHANGED, mask) => {
+                changed |= mask;
+                continue;
+            }
+            Stop::Load(tiny::ANSWER) => "load",
+            Stop::Interrupt => "interrupt",
+            Stop::Off => break,
+            other => return Err(format!("unexpected exit {other:?}")),
+        };
+        // One line of evidence for each kind of exit.
+        if !texts.iter().any(|(e, _)| *e == exit) {
+            exposed |= found > 0;
+            texts.push((exit, found));
+        }
+    }
+    if changed != 0 {
+        return Err(format!("the guest's registers changed by themselves: mask {changed:#x}"));
+    }
+    if !texts.iter().any(|(exit, _)| *exit == "interrupt") {
+        return Err("the guest ended before an interrupt came".to_owned());
+    }
+    let texts: Vec<String> =
+        texts.iter().map(|(exit, n)| format!("after a {exit} {n} of {total}")).collect();
+    let evidence = format!("values of the guest that KVM_GET_ONE_REG shows: {}", texts.join(", "));
+    Ok(Finding { exposed, evidence })
+}
+
+/// Changes registers after exits, and listens to the guest.
+fn regs_write() -> Result<Finding, String> {
+    let mut vm = Vm::new()?;
+    let mut refused = 0;
+    let mut changed = Vec::new();
+    let mut pwned = false;
+    let mut phase = 0;
+    loop {
+        let stop = vm.run(phase == 3)?;
+        match stop {
+            Stop::Store(tiny::PHASE, value) => {
+                phase = value;
+                if phase == 1 {
+                    for (reg, value) in known() {
+                        refused += usize::from(vm.set(reg, !value).is_err());
+                    }
+                }
+            }
+            Stop::Load(tiny::ANSWER) => {
+                refused += usize::from(vm.set(Reg::Pc, tiny::pwned()).is_err());
+            }
+            Stop::Store(tiny::CHANGED, mask) => changed.push(mask),
+            Stop::Store(tiny::PWNED, _) => {
+                pwned = true;
+                break;
+            }
+            Stop::Interrupt => {}
+            Stop::Off => break,
+            other => return Err(format!("unexpected exit {other:?}")),
+        }
+    }
+    let mask = changed.first().copied().ok_or("the guest gave no report")?;
+    let evidence = format!(
+        "of {} registers set by KVM_SET_ONE_REG ({refused} refused) the guest finds {} changed; the program \
+         counter {}",
+        known().len(),
+        mask.count_ones(),
+        if pwned { "went where it was set" } else { "stayed on its path" }
+    );
+    Ok(Finding { exposed: mask != 0 || pwned || changed.iter().any(|m| *m != 0), evidence })
+}
+
+fn main() -> ExitCode {
+    let id = std::env::args().nth(1).unwrap_or_default();
+    let result = match id.as_str() {
+        "regs-read" => regs_read(),
+        "regs-write" => regs_write(),
+        _ => {
+            eprintln!("usage: havmsi-vmm regs-read|regs-write");
+            return ExitCode::from(2);
+        }
+    };
+    let (word, evidence) = match &result {
+        Ok(r) => (if r.exposed { "exposed" } else { "protected" }, &r.evidence),
+        Err(e) => ("error", e),
+    };
+    let object =
+        Object::event("check").text("id", &id).text("result", word).text("evidence", evidence);
+    println!("{VMM_PREFIX}{}", object.finish());
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the agent can be asked to do.
+
+use crate::attacker::Attacker;
+use crate::guest::Guest;
+use crate::params::Params;
+use crate::{checks, out};
+use havmsi_abi::Function;
+use havmsi_proto::Seed;
+use havmsi_proto::json::{Object, number};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const BOOT: Duration = Duration::from_secs(120);
+const END: Duration = Duration::from_secs(60);
+
+/// What a job works with.
+pub struct Job<'a> {
+    pub params: &'a Params,
+    pub attacker: Option<&'a Attacker>,
+    pub monitor: bool,
+}
+
+/// A job's end: a sentence, good or bad.
+pub type End = Result<String, String>;
+
+impl Job<'_> {
+    /// Does what the parameters ask for.
+    pub fn run(&self) -> End {
+        match self.params.job.as_str() {
+            "run" => self.main(),
+            "smp4" | "boot" => self.work(),
+            "reboot" => self.reboot(),
+            "rounds" => self.rounds(),
+            "hotplug" => self.hotplug(),
+            "shell" => shell(),
+            _ => Ok("looked around".to_owned()),
+        }
+    }
+
+    fn guests(&self) -> u64 {
+        if self.params.job == "smp4" { 1 } else { self.params.guests }
+    }
+
+    /// Starts the guests and waits until each has given its seed.
+    fn start(&self, mode: &str) -> Result<Vec<Guest>, String> {
+        let count = usize::try_from(self.guests()).unwrap_or(1);
+        let guests: Vec<Guest> =
+            (0..count).map(|i| Guest::start(i, self.params, mode)).collect::<Result<_, _>>()?;
+        for (done, guest) in guests.iter().enumerate() {
+            out::progress("seeds", done, count, "waiting for the guests' seeds");
+            if !guest.wait(BOOT, |s| s.seed.is_some()) {
+                return Err(self.no_seed(guest));
+            }
+        }
+        out::progress("seeds", count, count, "all guests have given their seeds");
+        Ok(guests)
+    }
+
+    fn no_seed(&self, guest: &Guest) -> String {
+        let (ended, last) = guest.with(|s| (s.ended, s.last.clone()));
+        let what = if ended { "ended" } else { "gave no seed in time" };
+        format!("guest {} {what}; its last line: {last:?}", guest.index)
+    }
+
+    /// Has the guests finish; whether each gave a good verdict, and what was wrong.
+    fn finish(&self, guests: &mut [Guest]) -> Result<(), String> {
+        let count = guests.len();
+        let mut wrong = Vec::new();
+        for guest in guests.iter_mut() {
+            guest.say("stop");
+        }
+        for (done, guest) in guests.iter_mut().enumerate() {
+            out::progress("finish", done, count, "waiting for the guests' verdicts");
+            let spoke = guest.wait(END, |s| s.verdict.is_some());
+            let ended = guest.finish(END);
+            let (verdict, boots, seed) = guest.with(|s| (s.verdict.clone(), s.boots, s.seed));
+            let mut object = Object::event("verdict")
+                .value("index", guest.index)
+                .value("booted", boots > 0 && seed.is_some());
+            let mut text = String::new();
+            match &verdict {
+                Some(v) => {
+                    object = object
+                        .value("ok", v.ok && ended)
+                        .value("vcpus", v.vcpus)
+                        .value("verified_mib", v.verified_mib)
+                        .value("rounds", v.rounds)
+                        .value("corrupt", v.corrupt);
+                    v.text.clone_into(&mut text);
+                    if !v.ok {
+                        wrong.push(format!(
+                            "guest {} found {} changes {}",
+                            guest.index, v.corrupt, v.text
+                        ));
+                    } else if v.vcpus != self.params.vcpus {
+                        wrong.push(format!("guest {} had {} vCPUs", guest.index, v.vcpus));
+                    }
+                }
+                None => {
+                    object = object.value("ok", false);
+                    let last = guest.with(|s| s.last.clone());
+                    text = format!("no verdict; last line: {last}");
+                    wrong.push(format!("guest {}: no verdict", guest.index));
+                }
+            }
+            if spoke && !ended {
+                "QEMU did not end".clone_into(&mut text);
+                wrong.push(format!("guest {}: QEMU did not end after the power-off", guest.index));
+            }
+            out::event(object.text("text", &text));
+        }
+        out::progress("finish", count, count, "all guests ended");
+        if wrong.is_empty() { Ok(()) } else { Err(wrong.join("; ")) }
+    }
+
+    fn main(&self) -> End {
+        let attacker = self.attacker.ok_or("the attacker module is not there")?;
+        let mut guests = self.start("work")?;
+        let failed = checks::run(self.params, attacker, &guests);
+        let seeds: Vec<Seed> = guests.iter().filter_map(|g| g.with(|s| s.seed)).collect();
+        let verdicts = self.finish(&mut guests);
+        drop(guests);
+        let scanned = checks::dead_scan(self.params, attacker, &seeds);
+        let failed = failed?;
+        if !failed.is_empty() || !scanned {
+            return Err(format!("checks that could not be carried out: {}", failed.join(", ")));
+        }
+        // Without the monitor the guests' memory was changed under them: that is the finding.
+        if self.monitor {
+            verdicts?;
+        }
+        Ok("all checks were carried out".to_owned())
+    }
+
+    fn work(&self) -> End {
+        let mut guests = self.start("work")?;
+        let seconds = if self.params.job == "boot" { 3 } else { 5 };
+        std::thread::sleep(Duration::from_secs(seconds));
+        self.finish(&mut guests)?;
+        Ok("all guests verified their memory".to_owned())
+    }
+
+    fn reboot(&self) -> End {
+        let mut guest = Guest::start(0, self.params, "reboot")?;
+        if !guest.wait(BOOT, |s| s.boots == 1) {
+            return Err(self.no_seed(&guest));
+        }
+        guest.say("go");
+        if !guest.wait(BOOT, |s| s.boots == 2) {
+            return Err("the guest did not boot a second time".to_owned());
+        }
+        let seed = guest.with(|s| s.seed).ok_or("no seed of the first boot")?;
+        guest.say(&format!("prev {}", seed.to_hex()));
+        if !guest.wait(BOOT, |s| s.old.is_some()) {
+            return Err("the guest did not look for its old pages".to_owned());
+        }
+        let old = guest.with(|s| s.old.clone()).unwrap_or_default();
+        let pages = number(&old, "pages");
+        out::event(
+            Object::event("reboot")
+                .value("index", 0)
+                .value("old_pages", pages.map_or("null".to_owned(), |p| p.to_string()))
+                .value("scanned_mib", number(&old, "scanned_mib").unwrap_or(0)),
+        );
+        self.finish(std::slice::from_mut(&mut guest))?;
+        let pages = pages.ok_or(format!("the guest could not look: {old}"))?;
+        if self.monitor && pages > 0 {
+            return Err(format!("{pages} pages of the first boot outlived the reset"));
+        }
+        Ok(format!("the guest rebooted; {pages} pages of its first boot were left"))
+    }
+
+    fn stats(&self, when: &str) -> Option<[u64; 5]> {
+        let attacker = self.attacker.filter(|_| self.monitor)?;
+        let x = attacker.smc(&[Function::Stats.id().into()]).ok()?;
+        let stats = [x[1], x[2], x[3], x[4], x[5]];
+        let names = ["vms", "vcpus", "private", "tables", "host"];
+        let object = names
+            .iter()
+            .zip(stats)
+            .fold(Object::event("stats").text("when", when), |o, (name, n)| o.value(name, n));
+        out::event(object);
+        Some(stats)
+    }
+
+    fn rounds(&self) -> End {
+        let before = self.stats("before");
+        let total = usize::try_from(self.params.rounds).unwrap_or(1);
+        for round in 0..total {
+            out::progress("round", round, total, "");
+            let mut guests = self.start("work")?;
+            std::thread::sleep(Duration::from_secs(1));
+            self.finish(&mut guests).map_err(|e| format!("round {}: {e}", round + 1))?;
+        }
+        out::progress("round", total, total, "");
+        // The kernel ends a VM a moment after its process.
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut after = self.stats("after");
+        while before != after && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(500));
+            after = self.stats("after");
+        }
+        if before != after {
+            return Err(format!("STATS {before:?} before and {after:?} after {total} rounds"));
+        }
+        if self.monitor && before.is_none() {
+            return Err("no STATS (is the attacker module there?)".to_owned());
+        }
+        Ok(format!("{total} rounds"))
+    }
+
+    fn hotplug(&self) -> End {
+        let mut guests = self.start("work")?;
+        let cpu = cpus() - 1;
+        let mut wrong = Vec::new();
+        for _ in 0..2 {
+            for online in [false, true] {
+                let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+                let result = std::fs::write(&path, if online { "1" } else { "0" });
+                out::event(
+                    Object::event("cpu")
+                        .value("cpu", cpu)
+                        .value("online", online)
+                        .value("ok", result.is_ok()),
+                );
+                if let Err(e) = result {
+                    wrong.push(format!("{path}: {e}"));
+                }
+                std::thread::sleep(Duration::from_secs(2));
+            }
+        }
+        let verdicts = self.finish(&mut guests);
+        if !wrong.is_empty() {
+            return Err(wrong.join("; "));
+        }
+        verdicts?;
+        Ok(format!("CPU {cpu} went and came back twice"))
+    }
+}
+
+/// CPUs that are online.
+pub fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn shell() -> End {
+    out::line("A shell on the host; `exit` powers the machine off.");
+    let install = Command::new("/bin/busybox").args(["--install", "-s", "/bin"]).status();
+    install.map_err(|e| format!("/bin/busybox: {e}"))?;
+    let status = Command::new("/bin/busybox")
+        .args(["setsid", "-c", "/bin/busybox", "sh", "-l"])
+        .env("PATH", "/bin:/usr/bin:/sbin:/usr/sbin:/havmsi")
+        .env("HOME", "/")
+        .env("PS1", "host# ")
+        .status()
+        .map_err(|e| format!("/bin/busybox: {e}"))?;
+    Ok(format!("the shell ended with {status}"))
+}
