@@ -60,6 +60,8 @@ pub struct Outcome {
     pub checks: Vec<Check>,
     /// Verdicts by guest.
     pub verdicts: BTreeMap<u32, Verdict>,
+    /// Handles of the guests' VMs, as the host sees them.
+    pub vms: BTreeMap<u32, u64>,
     /// The last event: `ok` or not, and why.
     pub done: Option<(bool, String)>,
     /// What the monitor printed.
@@ -74,10 +76,17 @@ impl Outcome {
         self.events.iter().find(|e| e["event"] == "start").and_then(|e| e.get(field))
     }
 
-    /// Launch digests in the order in which the monitor reported them.
-    pub fn digests(&self) -> Vec<String> {
-        self.monitor.lines().filter(|l| l.contains("digest")).filter_map(hex_digest).collect()
+    /// Launches that the monitor reported: handle of the VM and digest.
+    pub fn launches(&self) -> Vec<(u64, String)> {
+        self.monitor.lines().filter_map(launch).collect()
     }
+}
+
+/// `... VM 0x10001 launched, digest HEX`.
+fn launch(line: &str) -> Option<(u64, String)> {
+    let (head, tail) = line.split_once(" launched, digest ")?;
+    let vm = u64::from_str_radix(head.rsplit_once("VM 0x")?.1, 16).ok()?;
+    hex_digest(tail).map(|digest| (vm, digest))
 }
 
 /// The first word of exactly 64 hexadecimal digits.
@@ -204,6 +213,13 @@ fn take(event: &Value, outcome: &mut Outcome, waiting: &mut String) {
                 evidence: format!("broken event: {e}"),
             }),
         },
+        "guest" => {
+            let vm = u64::from_str_radix(text("vm").trim_start_matches("0x"), 16);
+            let index = event["index"].as_u64().and_then(|i| u32::try_from(i).ok());
+            if let (Some(index), Ok(vm)) = (index, vm) {
+                outcome.vms.insert(index, vm);
+            }
+        }
         "verdict" => {
             if let Ok(verdict) = serde_json::from_value::<Verdict>(event.clone()) {
                 *waiting = format!("what comes after the verdict of guest {}", verdict.index);
@@ -226,8 +242,12 @@ mod tests {
     fn digests_are_found_in_the_monitors_words() {
         let hex = "0123456789abcdef".repeat(4);
         assert_eq!(hex_digest(&format!("vm 1: launch digest {hex}")), Some(hex.clone()));
-        assert_eq!(hex_digest(&format!("digest={hex}.")), Some(hex));
+        assert_eq!(hex_digest(&format!("digest={hex}.")), Some(hex.clone()));
         assert_eq!(hex_digest("digest none"), None);
+        assert_eq!(
+            launch(&format!("havmsi: VM 0x10001 launched, digest {hex}")),
+            Some((0x10001, hex))
+        );
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct Guest {
     pub ok: bool,
     /// Launch digest that the monitor reported.
     pub digest: Option<String>,
+    /// Launch digest that `cargo xtask digest` computes.
+    pub digest_expected: Option<String>,
 }
 
 /// How long it took.
@@ -122,9 +124,9 @@ pub fn problems(rows: &[Row], with_control: bool, with_havmsi: bool, guests: u32
     found
 }
 
-/// The guests of the protected machine, with the digests in the order of their launch.
-pub fn guests(outcome: &Outcome) -> Vec<Guest> {
-    let digests = outcome.digests();
+/// The guests of the protected machine, with the digests that the monitor reported.
+pub fn guests(outcome: &Outcome, expected: Option<&str>) -> Vec<Guest> {
+    let launches = outcome.launches();
     outcome
         .verdicts
         .values()
@@ -135,7 +137,12 @@ pub fn guests(outcome: &Outcome) -> Vec<Guest> {
             verified_mib: v.verified_mib,
             corrupt: v.corrupt,
             ok: v.ok,
-            digest: usize::try_from(v.index).ok().and_then(|i| digests.get(i)).cloned(),
+            digest: outcome
+                .vms
+                .get(&v.index)
+                .and_then(|vm| launches.iter().rev().find(|l| l.0 == *vm))
+                .map(|l| l.1.clone()),
+            digest_expected: expected.map(str::to_owned),
         })
         .collect()
 }

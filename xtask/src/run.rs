@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `run` verb.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::machine::{self, Config, Kind};
 use crate::report::{self, Report, Seconds};
 use crate::setup::{self, Need};
 use crate::ui::Step;
-use crate::{Ctx, build, sh, tcb};
+use crate::{Ctx, build, digest, sh, tcb};
 
 /// CPU models that the machine was tried with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -169,51 +169,56 @@ fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) ->
     found
 }
 
-/// The `run` verb.
-pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
+/// Runs both machines and judges what came of it.
+pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
     let start = Instant::now();
-    if let Some(path) = &args.json {
-        // Found out now rather than at the end.
-        File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-    }
     setup::ensure(ctx, &[Need::Qemu, Need::Targets])?;
     let images = image::all(ctx)?;
     let monitor = if args.control { None } else { Some(build::monitor(ctx)?) };
-    let config = |kind, job: &str| args.config(kind, &images, monitor.as_ref(), job);
-    if args.shell {
-        let kind = if args.control { Kind::Control } else { Kind::Havmsi };
-        return machine::shell(&config(kind, "shell"), &ctx.log_dir.join(kind.name()));
-    }
+    let config = |kind| args.config(kind, &images, monitor.as_ref(), &args.job);
+    let is_run = args.job == "run";
+    let expected = if is_run && !args.control {
+        Some(digest::compute(ctx, &digest::Args::guest(args.vcpus, args.gic))?)
+    } else {
+        None
+    };
     let mut seconds = Seconds { build: start.elapsed().as_secs_f64(), ..Seconds::default() };
-    let control =
-        if args.no_control { None } else { Some(one(ctx, &config(Kind::Control, &args.job))?) };
-    let havmsi =
-        if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi, &args.job))?) };
+    let control = if args.no_control { None } else { Some(one(ctx, &config(Kind::Control))?) };
+    let havmsi = if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi))?) };
     seconds.control = control.as_ref().map_or(0.0, |o| o.seconds);
     seconds.havmsi = havmsi.as_ref().map_or(0.0, |o| o.seconds);
-    seconds.total = start.elapsed().as_secs_f64();
 
     let rows = report::rows(control.as_ref(), havmsi.as_ref());
     let mut problems = Vec::new();
-    if args.job == "run" {
+    if is_run {
         problems = report::problems(&rows, control.is_some(), havmsi.is_some(), args.guests);
     }
     // In the control the attacks change the guests' memory: there they need not verify.
-    for (outcome, title, verify) in
-        [(&control, "plain KVM", false), (&havmsi, "HA-VMSI", args.job == "run")]
-    {
+    for (outcome, title, verify) in [(&control, "plain KVM", false), (&havmsi, "HA-VMSI", is_run)] {
         if let Some(outcome) = outcome {
             problems.extend(complaints(outcome, title, args.guests, verify));
         }
     }
-    let guests = havmsi.as_ref().map(report::guests).unwrap_or_default();
-    print_result(&rows, &guests, &problems, ctx);
-    let report = Report {
+    let guests =
+        havmsi.as_ref().map(|o| report::guests(o, expected.as_deref())).unwrap_or_default();
+    if is_run {
+        for g in guests.iter().filter(|g| g.digest.is_none() || g.digest != g.digest_expected) {
+            problems.push(format!(
+                "guest {}: the monitor measured {}, its files and configuration give {}",
+                g.index,
+                g.digest.as_deref().unwrap_or("nothing"),
+                g.digest_expected.as_deref().unwrap_or("nothing")
+            ));
+        }
+    }
+    let tcb = if args.control { tcb::Summary::default() } else { tcb::count(ctx)? };
+    seconds.total = start.elapsed().as_secs_f64();
+    Ok(Report {
         result: if problems.is_empty() { "ok" } else { "fail" },
         problems,
         guests,
         checks: rows,
-        tcb: if args.control { tcb::Summary::default() } else { tcb::count(ctx)? },
+        tcb,
         machine: json!({
             "cpu": args.cpu.name(), "gic": args.gic, "cpus": args.cpus, "mem_mib": args.mem,
             "guests": args.guests, "vcpus": args.vcpus, "qemu": setup::qemu_version()?,
@@ -221,8 +226,27 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
             "logs": ctx.log_dir,
         }),
         seconds,
-    };
+    })
+}
+
+/// The `run` verb.
+pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
+    if args.shell {
+        setup::ensure(ctx, &[Need::Qemu, Need::Targets])?;
+        let images = image::all(ctx)?;
+        let kind = if args.control { Kind::Control } else { Kind::Havmsi };
+        let monitor = if args.control { None } else { Some(build::monitor(ctx)?) };
+        let config = args.config(kind, &images, monitor.as_ref(), "shell");
+        return machine::shell(&config, &ctx.log_dir.join(kind.name()));
+    }
+    if let Some(path) = &args.json {
+        // Found out now rather than at the end.
+        File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let report = execute(ctx, args)?;
+    print_result(&report, ctx);
     let text = serde_json::to_string_pretty(&report)? + "\n";
+    fs::create_dir_all(&ctx.log_dir)?;
     sh::write(&ctx.log("report.json"), &text)?;
     if let Some(path) = &args.json {
         sh::write(path, &text)?;
@@ -237,11 +261,11 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn print_result(rows: &[report::Row], guests: &[report::Guest], problems: &[String], ctx: &Ctx) {
-    if !rows.is_empty() {
-        println!("\n{}", report::table(rows));
+fn print_result(report: &Report, ctx: &Ctx) {
+    if !report.checks.is_empty() {
+        println!("\n{}", report::table(&report.checks));
     }
-    for g in guests {
+    for g in &report.guests {
         println!(
             "guest {}: {}, {} vCPUs, verified {} MiB, {} corrupt, digest {}",
             g.index,
@@ -252,7 +276,7 @@ fn print_result(rows: &[report::Row], guests: &[report::Guest], problems: &[Stri
             g.digest.as_deref().unwrap_or("-")
         );
     }
-    for problem in problems {
+    for problem in &report.problems {
         println!("PROBLEM {problem}");
     }
     println!("consoles: {}", ctx.log_dir.display());
