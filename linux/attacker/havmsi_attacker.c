@@ -171,10 +171,10 @@ static void scan_page(struct scan *s, const void *va, unsigned long pfn)
 	}
 }
 
-static int scan_range(unsigned long pfn, unsigned long count, void *data)
+static int scan_range(struct resource *range, void *data)
 {
 	struct scan *s = data;
-	unsigned long end = pfn + count;
+	unsigned long pfn = PFN_UP(range->start), end = PFN_DOWN(range->end + 1);
 
 	while (pfn < end) {
 		unsigned long n = min_t(unsigned long, end - pfn, CHUNK), i;
@@ -221,7 +221,8 @@ static long atk_scan(struct atk_scan *arg)
 	s.words = kmalloc(PAGE_SIZE, GFP_KERNEL);
 	s.pages = kcalloc(CHUNK, sizeof(*s.pages), GFP_KERNEL);
 	if (s.words && s.pages)
-		ret = walk_system_ram_range(0, PHYS_PFN(PHYS_MASK), &s, scan_range);
+		ret = walk_iomem_res_desc(IORES_DESC_NONE, IORESOURCE_SYSTEM_RAM | IORESOURCE_BUSY,
+					  0, -1, &s, scan_range);
 	/* Our copy of a page is no find of the next scan. */
 	kfree_sensitive(s.words);
 	kfree(s.pages);
