@@ -18,9 +18,9 @@ use crate::{exception, host, log, mmu, psci, vms};
 /// line, so that cleaning one writes over no other.
 const PEN_SHIFT: usize = 8;
 /// In a pen: the CPU is there.
-const PEN_WAITING: u64 = 0x5741_4954;
+const PEN_WAITING: u64 = 0x57a1;
 /// In a pen: the CPU may come in.
-const PEN_GO: u64 = 0x474f_474f;
+const PEN_GO: u64 = 0x60;
 
 global_asm!(
     include_str!("entry.S"),

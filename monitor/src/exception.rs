@@ -102,7 +102,10 @@ fn from_host() {
     if let Some(result) = psci::call(function, &args) {
         cpu.with_host(|frame| frame.x[0] = result);
     } else if let Some(results) = dispatch::host_call(function, &args) {
-        cpu.with_host(|frame| frame.x[..results.len()].copy_from_slice(&results));
+        // x4 on belong to the caller unless they hold a result (SMCCC 1.2, 2.6).
+        let used = results.iter().rposition(|&x| x != 0).map_or(0, |last| last + 1).max(4);
+        let used = if results[0].cast_signed() < 0 { 2 } else { used };
+        cpu.with_host(|frame| frame.x[..used].copy_from_slice(&results[..used]));
     }
 }
 

@@ -41,8 +41,9 @@ impl Table {
 pub static ROOT: Table = Table::new();
 /// Level 2: the first GiB, with secure RAM and the devices.
 static LOW: Table = Table::new();
-/// Level 3: the 2 MiB that hold the image.
-static IMAGE: Table = Table::new();
+/// Level 3: the 4 MiB that hold the image (monitor.ld checks).
+static IMAGE: [Table; 2] = [const { Table::new() }; 2];
+const IMAGE_SIZE: u64 = 2 * BLOCK2;
 /// Level 2: the last, partial GiB of each bank of RAM.
 static TAILS: [Table; havmsi_core::ram::MAX_BANKS] =
     [const { Table::new() }; havmsi_core::ram::MAX_BANKS];
@@ -90,9 +91,10 @@ pub extern "C" fn build_tables() {
     let end = image_end();
 
     ROOT.set(SECURE_RAM / BLOCK1, LOW.descriptor());
-    LOW.set(SECURE_RAM / BLOCK2, IMAGE.descriptor());
     let mut at = start;
-    while at < start + BLOCK2 {
+    while at < start + IMAGE_SIZE {
+        let Some(table) = IMAGE.get(index((at - start) / BLOCK2)) else { break };
+        LOW.set(at / BLOCK2, table.descriptor());
         let attributes = if at < text {
             READ_ONLY
         } else if at < rodata {
@@ -103,11 +105,11 @@ pub extern "C" fn build_tables() {
         // A stack's lowest page stays invalid.
         let guard = at >= data && at < end && (at - data).is_multiple_of(STACK_STRIDE as u64);
         if !guard {
-            IMAGE.set(at / PAGE, at | attributes | NORMAL | LEVEL3_PAGE);
+            table.set(at / PAGE, at | attributes | NORMAL | LEVEL3_PAGE);
         }
         at += PAGE;
     }
-    let rest = Range { base: SECURE_RAM + BLOCK2, size: SECURE_RAM_SIZE - BLOCK2 };
+    let rest = Range { base: SECURE_RAM + IMAGE_SIZE, size: SECURE_RAM_SIZE - IMAGE_SIZE };
     map_low(rest, XN | NORMAL);
     for window in EL3_DEVICES {
         map_low(window, DEVICE);

@@ -19,11 +19,12 @@ pub const RAM_BASE: u64 = 0x4000_0000;
 
 /// Names (up to the `@`) of nodes that the host must not see: bus masters, the monitor's
 /// devices, and what QEMU's emulation has but the monitor does not hand out.
-const REMOVED: [&str; 13] = [
+const REMOVED: [&str; 14] = [
     "fw-cfg",
     "flash",
     "secflash",
     "secram",
+    "gpio-keys",
     "gpio-restart",
     "gpio-poweroff",
     "virtio_mmio",
@@ -34,8 +35,9 @@ const REMOVED: [&str; 13] = [
     "secure-chosen",
     "psci",
 ];
-/// Nodes at these exact places: secure UART, secure GPIO.
-const REMOVED_EXACT: [&str; 2] = ["pl011@9040000", "pl061@90b0000"];
+/// Nodes at these exact places: secure UART, secure GPIO, and the GPIO that QEMU tells of but
+/// doesn't have once it is given firmware (`-bios`).
+const REMOVED_EXACT: [&str; 3] = ["pl011@9040000", "pl061@90b0000", "pl061@9030000"];
 
 fn property(name: &str, value: impl Into<Vec<u8>>) -> Result<DeviceTreeProperty> {
     let value: Vec<u8> = value.into();

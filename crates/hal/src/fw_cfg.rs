@@ -6,8 +6,9 @@ use crate::mmio::Registers;
 
 const SELECTOR: usize = 8;
 const FILE_DIRECTORY: u16 = 0x19;
-const RAM_SIZE: u16 = 0x03;
 const CPU_COUNT: u16 = 0x05;
+/// Directory entries that are looked at.
+const MAX_FILES: u32 = 256;
 
 /// The device.
 pub struct FwCfg(Registers);
@@ -31,13 +32,6 @@ impl FwCfg {
         core::array::from_fn(|_| self.0.read8(0))
     }
 
-    /// Bytes of RAM.
-    #[must_use]
-    pub fn ram_size(&self) -> u64 {
-        self.select(RAM_SIZE);
-        u64::from_le_bytes(self.bytes())
-    }
-
     /// CPUs that the machine started with.
     #[must_use]
     pub fn cpu_count(&self) -> u16 {
@@ -45,22 +39,35 @@ impl FwCfg {
         u16::from_le_bytes(self.bytes())
     }
 
-    /// The first 32 bytes of the file `name`, if it has as many.
-    #[must_use]
-    pub fn file(&self, name: &str) -> Option<[u8; 32]> {
+    /// Reads the start of the file `name` into `to`, if there is such a file;
+    /// returns how many bytes that were.
+    pub fn read_file(&self, name: &str, to: &mut [u8]) -> Option<usize> {
         self.select(FILE_DIRECTORY);
         let count = u32::from_be_bytes(self.bytes());
-        for _ in 0..count.min(64) {
+        for _ in 0..count.min(MAX_FILES) {
             let size = u32::from_be_bytes(self.bytes());
             let key = u16::from_be_bytes(self.bytes());
             let _reserved: [u8; 2] = self.bytes();
             let entry: [u8; 56] = self.bytes();
             let length = entry.iter().position(|&b| b == 0).unwrap_or(entry.len());
-            if entry.get(..length) == Some(name.as_bytes()) && size >= 32 {
-                self.select(key);
-                return Some(self.bytes());
+            if entry.get(..length) != Some(name.as_bytes()) {
+                continue;
             }
+            self.select(key);
+            let length = to.len().min(usize::try_from(size).unwrap_or(usize::MAX));
+            for byte in to.iter_mut().take(length) {
+                *byte = self.0.read8(0);
+            }
+            return Some(length);
         }
         None
+    }
+
+    /// The decimal number that the file `name` holds.
+    #[must_use]
+    pub fn read_number(&self, name: &str) -> Option<u64> {
+        let mut text = [0; 20];
+        let length = self.read_file(name, &mut text)?;
+        str::from_utf8(text.get(..length)?).ok()?.trim_end_matches('\0').parse().ok()
     }
 }

@@ -37,7 +37,10 @@ const SECURE_UART: usize = 0x0904_0000;
 const SECURE_GPIO: usize = 0x090b_0000;
 const PIN_POWER_OFF: u32 = 0;
 const PIN_RESET: u32 = 1;
+/// Files of fw_cfg: entropy, and RAM in MiB (the `virt` machine tells its size
+/// nowhere but in the device tree).
 const SEED_FILE: &str = "opt/org.havmsi/seed";
+const RAM_FILE: &str = "opt/org.havmsi/ram-mib";
 
 /// The monitor's console.
 #[must_use]
@@ -65,11 +68,16 @@ pub fn gic() -> Gic {
 pub fn facts() -> Facts {
     // SAFETY: `EL3_DEVICES` covers fw_cfg of the virt machine.
     let config = unsafe { FwCfg::new(FW_CFG) };
-    let size = config.ram_size() & !((2 << 20) - 1);
+    let Some(mib) = config.read_number(RAM_FILE).filter(|&mib| mib < 1 << 20) else {
+        panic!("QEMU needs -fw_cfg name={RAM_FILE},string=N, N being the MiB of -m");
+    };
+    let size = (mib << 20) & !((2 << 20) - 1);
+    let mut seed = [0; 32];
+    let seeded = config.read_file(SEED_FILE, &mut seed) == Some(seed.len());
     Facts {
         ram: Ram::new([Range { base: RAM_BASE, size }, Range::default()]),
         cpus: usize::from(config.cpu_count()).min(MAX_CPUS),
-        seed: config.file(SEED_FILE),
+        seed: seeded.then_some(seed),
     }
 }
 
@@ -111,7 +119,6 @@ pub fn host_devices(cpus: usize, gic_version: u64) -> impl Iterator<Item = Range
         Range { base: 0x0800_0000, size: 0x1_0000 }, // distributor
         Range { base: 0x0900_0000, size: 0x1000 },   // UART
         Range { base: 0x0901_0000, size: 0x1000 },   // clock
-        Range { base: 0x0903_0000, size: 0x1000 },   // GPIO
     ];
     let v2 = [
         Range { base: 0x0801_0000, size: 0x2000 },   // GICC
