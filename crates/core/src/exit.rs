@@ -420,3 +420,6 @@ pub fn answer(pending: Pending, entry: &Entry) -> Result<Answer, Error> {
         _ => Err(Error::Invalid),
     }
 }
+
+#[cfg(test)]
+mod tests;

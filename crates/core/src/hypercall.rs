@@ -186,3 +186,6 @@ fn affinity_info(vm: &Vm, affinity: u64, level: u64) -> u64 {
         None => result::INVALID_PARAMETERS,
     }
 }
+
+#[cfg(test)]
+mod tests;

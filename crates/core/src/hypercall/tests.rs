@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+use super::*;
+use crate::fake::{FakeMachine, host_page, records, root};
+use crate::launch::Config;
+use crate::page::VmSlot;
+
+const NOT_SUPPORTED: u64 = u64::MAX;
+const INVALID: u64 = u64::MAX - 1;
+
+/// A VM with vCPUs 0 (running) and 1 (off) of three.
+fn vm() -> Vm {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = Vm::FREE;
+    let config = Config { ipa_bits: 32, gic: 3, max_vcpus: 3 };
+    vm.create(VmSlot(0), root(VmSlot(0)), config, 0).unwrap();
+    vm.create_vcpu(&m, 0, host_page(0).0, 0).unwrap();
+    vm.create_vcpu(&m, 1, host_page(1).0, 1).unwrap();
+    vm.set_boot(0, Boot::default()).unwrap();
+    vm.activate(&m).unwrap();
+    vm.enter(0).unwrap();
+    vm.started(0);
+    vm
+}
+
+fn ask(vm: &mut Vm, x: [u64; 4]) -> u64 {
+    match call(vm, 0, x) {
+        Reply::Answer([x0, 0, 0, 0]) => x0,
+        reply => panic!("{reply:?}"),
+    }
+}
+
+#[test]
+fn the_monitor_answers_what_it_can() {
+    let vm = &mut vm();
+    for (x, expected) in [
+        ([0x8000_0000, 0, 0, 0], 0x1_0002),
+        ([0x8000_0001, 0x8000_0000, 0, 0], 0),
+        ([0x8000_0001, 0x8000_0001, 0, 0], 0),
+        ([0x8000_0001, 0xffff_ffff_8000_0001, 0, 0], 0),
+        ([0x8000_0001, 0x8000_8000, 0, 0], NOT_SUPPORTED),
+        ([0x8000_0001, 0x8000_7fff, 0, 0], NOT_SUPPORTED),
+        ([0x8400_0000, 0, 0, 0], 0x1_0001),
+        ([0x8400_0006, 0, 0, 0], 2),
+        ([0x8400_0050, 0, 0, 0], 0x1_0000),
+        // Not there, or not in this convention.
+        ([0, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc400_0000, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc400_0002, 0, 0, 0], NOT_SUPPORTED),
+        ([0x8400_0005, 0, 0, 0], NOT_SUPPORTED),
+        ([0x8400_000b, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc400_000e, 0, 0, 0], NOT_SUPPORTED),
+        ([0x8400_0054, 0, 0, 0], NOT_SUPPORTED),
+        ([0x8600_0000, 0, 0, 0], NOT_SUPPORTED),
+        // The host's calls are not the guest's.
+        ([0xc200_0000, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc200_0012, 1, 0, 0], NOT_SUPPORTED),
+        ([0x8200_ff01, 0, 0, 0], NOT_SUPPORTED),
+        ([u64::MAX, 0, 0, 0], NOT_SUPPORTED),
+        // Only the low half names the call.
+        ([0xffff_ffff_8400_0000, 0, 0, 0], 0x1_0001),
+    ] {
+        assert_eq!(ask(vm, x), expected, "{x:x?}");
+    }
+    for f in havmsi_abi::Function::ALL {
+        assert_eq!(ask(vm, [u64::from(f.id()), 1, 1, 1]), NOT_SUPPORTED);
+    }
+}
+
+#[test]
+fn features_are_those_that_answer() {
+    let vm = &mut vm();
+    let there = [
+        0x8000_0000,
+        0x8400_0000,
+        0x8400_0001,
+        0xc400_0001,
+        0x8400_0002,
+        0x8400_0003,
+        0xc400_0003,
+        0x8400_0004,
+        0xc400_0004,
+        0x8400_0006,
+        0x8400_0008,
+        0x8400_0009,
+        0x8400_000a,
+        0x8400_0012,
+        0xc400_0012,
+    ];
+    for function in (0x8400_0000..0x8400_0020).chain(0xc400_0000..0xc400_0020).chain([0x8000_0000])
+    {
+        let expected = if there.contains(&function) { 0 } else { NOT_SUPPORTED };
+        assert_eq!(ask(vm, [0x8400_000a, function, 0, 0]), expected, "{function:#x}");
+        assert_eq!(ask(vm, [0x8400_000a, 0xff << 32 | function, 0, 0]), expected);
+    }
+    for function in (0x8400_0050..0x8400_0058).chain(0xc400_0050..0xc400_0058) {
+        let there = matches!(function, 0x8400_0050..=0x8400_0053 | 0xc400_0053);
+        let expected = if there { 0 } else { NOT_SUPPORTED };
+        assert_eq!(ask(vm, [0x8400_0051, function, 0, 0]), expected, "{function:#x}");
+    }
+}
+
+#[test]
+fn what_the_host_must_do_is_forwarded() {
+    for function in [0x8400_0001, 0xc400_0001, 0x8400_0008, 0x8400_0009, 0x8400_0012, 0xc400_0012] {
+        let mut vm = vm();
+        assert_eq!(call(&mut vm, 0, [function, 1, 2, 3]), Reply::Forward, "{function:#x}");
+        assert_eq!(vm.power(0), Some(Power::On));
+    }
+}
+
+#[test]
+fn a_vcpu_turns_itself_off() {
+    let mut vm = vm();
+    assert_eq!(call(&mut vm, 0, [0x8400_0002, 0, 0, 0]), Reply::Forward);
+    assert_eq!((vm.power(0), vm.power(1)), (Some(Power::Off), Some(Power::Off)));
+}
+
+#[test]
+fn cpu_on_has_three_refusals() {
+    let mut vm = vm();
+    let on = |target| [0xc400_0003, target, 0x1_2345_6000, 0x2_0000_0001];
+    assert_eq!(ask(&mut vm, on(0)), u64::MAX - 3);
+    assert_eq!(ask(&mut vm, on(2)), INVALID);
+    assert_eq!(ask(&mut vm, on(0x101)), INVALID);
+    assert_eq!(ask(&mut vm, on(1 << 32 | 1)), INVALID);
+    // What is no affinity in an MPIDR does not count: MT, U, RES1.
+    assert_eq!(call(&mut vm, 0, on(0xff00_0000_c100_0001)), Reply::Forward);
+    let boot = Boot { pc: 0x1_2345_6000, x: [0x2_0000_0001, 0, 0, 0] };
+    assert_eq!(vm.power(1), Some(Power::Pending(boot)));
+    assert_eq!(ask(&mut vm, on(1)), u64::MAX - 4);
+    vm.cpu_on_answered(0, 1);
+    assert_eq!(vm.power(1), Some(Power::Off));
+}
+
+#[test]
+fn thirty_two_bit_calls_have_thirty_two_bit_arguments() {
+    let mut vm = vm();
+    let high = 0xf_0000_0000;
+    let on = [0x8400_0003, high | 1, high | 0x2000, high | 3];
+    assert_eq!(call(&mut vm, 0, on), Reply::Forward);
+    let boot = Boot { pc: 0x2000, x: [3, 0, 0, 0] };
+    assert_eq!(vm.power(1), Some(Power::Pending(boot)));
+    assert_eq!(ask(&mut vm, [0x8400_0004, high | 1, high, 0]), 2);
+    let random = Reply::Random { bits: 96, wide: false };
+    assert_eq!(call(&mut vm, 0, [0x8400_0053, high | 96, 0, 0]), random);
+    assert_eq!(ask(&mut vm, [0xc400_0004, high | 1, 0, 0]), INVALID);
+    assert_eq!(ask(&mut vm, [0xc400_0053, high | 96, 0, 0]), INVALID);
+}
+
+#[test]
+fn affinity_info_tells_each_state() {
+    let mut vm = vm();
+    let info = |vm: &mut Vm, target, level| ask(vm, [0xc400_0004, target, level, 0]);
+    assert_eq!(info(&mut vm, 0, 0), 0);
+    assert_eq!(info(&mut vm, 1, 0), 1);
+    assert_eq!(info(&mut vm, 0x8000_0001, 0), 1);
+    assert_eq!(info(&mut vm, 2, 0), INVALID);
+    assert_eq!(info(&mut vm, 1, 1), INVALID);
+    vm.cpu_on(0, 1, Boot::default()).unwrap();
+    assert_eq!(info(&mut vm, 1, 0), 2);
+}
+
+#[test]
+fn random_numbers_have_their_limits() {
+    let vm = &mut vm();
+    for (function, bits, good) in [
+        (0x8400_0053, 0, false),
+        (0x8400_0053, 1, true),
+        (0x8400_0053, 96, true),
+        (0x8400_0053, 97, false),
+        (0xc400_0053, 0, false),
+        (0xc400_0053, 97, true),
+        (0xc400_0053, 192, true),
+        (0xc400_0053, 193, false),
+        (0xc400_0053, u64::MAX, false),
+    ] {
+        let reply = call(vm, 0, [function, bits, 0, 0]);
+        let expected = if good {
+            Reply::Random { bits, wide: function == 0xc400_0053 }
+        } else {
+            answer(INVALID)
+        };
+        assert_eq!(reply, expected, "{function:#x} {bits}");
+    }
+    let uuid = havmsi_abi::UID.map(u64::from);
+    assert_eq!(call(vm, 0, [0x8400_0052, 0, 0, 0]), Reply::Answer(uuid));
+}
+
+#[test]
+fn random_bits_fill_from_the_lowest_word() {
+    let ones = Some([u64::MAX; 4]);
+    assert_eq!(random_answer(None, 192, true), [u64::MAX - 2, 0, 0, 0]);
+    assert_eq!(random_answer(ones, 192, true), [0, u64::MAX, u64::MAX, u64::MAX]);
+    assert_eq!(random_answer(ones, 191, true), [0, u64::MAX >> 1, u64::MAX, u64::MAX]);
+    assert_eq!(random_answer(ones, 129, true), [0, 1, u64::MAX, u64::MAX]);
+    assert_eq!(random_answer(ones, 128, true), [0, 0, u64::MAX, u64::MAX]);
+    assert_eq!(random_answer(ones, 65, true), [0, 0, 1, u64::MAX]);
+    assert_eq!(random_answer(ones, 1, true), [0, 0, 0, 1]);
+    let word = 0xffff_ffff;
+    assert_eq!(random_answer(ones, 96, false), [0, word, word, word]);
+    assert_eq!(random_answer(ones, 33, false), [0, 0, 1, word]);
+    assert_eq!(random_answer(ones, 32, false), [0, 0, 0, word]);
+    assert_eq!(random_answer(Some([1, 2, 3, 4]), 192, true), [0, 1, 2, 3]);
+    assert_eq!(random_answer(Some([1, 2, 3, 4]), 96, false), [0, 1, 2, 3]);
+}
