@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* HA-VMSI: what its files share. */
+#ifndef __KVM_HAVMSI_H
+#define __KVM_HAVMSI_H
+
+#include <linux/arm-smccc.h>
+#include <linux/kvm_host.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/rwsem.h>
+#include <linux/xarray.h>
+
+#include <asm/havmsi.h>
+#include <asm/havmsi_abi.h>
+
+/* Device pages of a VM: the GICv2 virtual CPU interface has two. */
+#define HAVMSI_MAX_DEV	2
+
+struct havmsi_dev {
+	u64 ipa;
+	u64 pa;
+	bool mapped;
+};
+
+struct havmsi_vm {
+	struct kvm *kvm;
+	/* The monitor's name of the VM, 0 before VM_CREATE. */
+	u64 handle;
+	/*
+	 * Read: a vCPU resolves a fault. Write: launch, reset, teardown,
+	 * a memory slot goes. Taken inside slots_lock and kvm->srcu, outside
+	 * mmap_lock.
+	 */
+	struct rw_semaphore lock;
+	/* VM_ACTIVATE was done; written under the lock. */
+	bool launched;
+	/* Pages that the VM owns, by gfn; all are pinned. */
+	struct xarray pages;
+	/* Table memory that the monitor has for this VM. */
+	struct mutex pool_lock;
+	struct list_head pool;
+	/* Pages charged to RLIMIT_MEMLOCK. */
+	unsigned long locked;
+	struct havmsi_dev dev[HAVMSI_MAX_DEV];
+	int nr_dev;
+};
+
+struct havmsi_vcpu {
+	struct havmsi_run_page *run;
+	u64 handle;
+	/* What the last exit was, as far as it can still be answered. */
+	u64 exit_class;
+	u64 exit_ipa;
+	bool created;
+};
+
+/* A call to the monitor: status, results from a1 on in @res if not NULL. */
+long havmsi_call(u64 fn, u64 a1, u64 a2, u64 a3, u64 a4,
+		 struct arm_smccc_1_2_regs *res);
+/* As an errno; calls again when told so, and donates table memory on demand. */
+int havmsi_vm_call(struct havmsi_vm *hv, struct arm_smccc_1_2_regs *regs,
+		   struct arm_smccc_1_2_regs *res);
+int havmsi_errno(long status);
+
+int havmsi_pool_donate(struct havmsi_vm *hv, unsigned long pages);
+void havmsi_pool_free(struct havmsi_vm *hv);
+int havmsi_populate(struct havmsi_vm *hv);
+int havmsi_declare_ram(struct havmsi_vm *hv);
+int havmsi_map_devices(struct havmsi_vm *hv);
+void havmsi_unpin_all(struct havmsi_vm *hv);
+void havmsi_uncharge(struct havmsi_vm *hv);
+
+#endif /* __KVM_HAVMSI_H */

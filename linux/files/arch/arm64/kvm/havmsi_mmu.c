@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * HA-VMSI: a VM's memory. Pages are pinned in the VMM's address space and
+ * donated to the VM by the monitor; they come back wiped. Nothing else of
+ * KVM's stage-2 code does anything in this mode: its table stays empty.
+ */
+#include <linux/kvm_host.h>
+#include <linux/ksm.h>
+#include <linux/mm.h>
+#include <linux/pgtable.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/string.h>
+
+#include <asm/kvm_emulate.h>
+#include <asm/kvm_mmu.h>
+
+#include "havmsi.h"
+
+#define PIN_FLAGS	(FOLL_WRITE | FOLL_LONGTERM)
+#define BATCH		(PAGE_SIZE / sizeof(struct page *))
+
+#define kvm_pr_limited(fmt, ...) \
+	pr_err_ratelimited("kvm [%i]: " fmt, task_pid_nr(current), ##__VA_ARGS__)
+
+/* ---- table memory ---- */
+
+struct pool_chunk {
+	struct list_head list;
+	struct page *page;
+	unsigned int order;
+};
+
+static int donate_chunk(struct havmsi_vm *hv, unsigned int order)
+{
+	struct pool_chunk *chunk = kmalloc(sizeof(*chunk), GFP_KERNEL_ACCOUNT);
+	long status;
+
+	if (!chunk)
+		return -ENOMEM;
+	chunk->order = order;
+	chunk->page = alloc_pages(GFP_KERNEL_ACCOUNT |
+				  (order ? __GFP_NORETRY | __GFP_NOWARN : 0), order);
+	if (!chunk->page) {
+		kfree(chunk);
+		return -ENOMEM;
+	}
+	do {
+		status = havmsi_call(HAVMSI_FN_POOL_DONATE, hv->handle,
+				     page_to_phys(chunk->page), 1UL << order, 0, NULL);
+	} while (status == HAVMSI_ERR_AGAIN);
+	if (status) {
+		__free_pages(chunk->page, order);
+		kfree(chunk);
+		return havmsi_errno(status);
+	}
+	list_add(&chunk->list, &hv->pool);
+	return 0;
+}
+
+int havmsi_pool_donate(struct havmsi_vm *hv, unsigned long pages)
+{
+	int ret = 0;
+
+	mutex_lock(&hv->pool_lock);
+	/* A few at once, so that a VM that grows doesn't ask page by page. */
+	pages = clamp(pages, 8UL, 1024UL);
+	while (pages) {
+		unsigned int order = min(ilog2(pages),
+					 ilog2(HAVMSI_MAX_PAGES_PER_CALL));
+
+		while ((ret = donate_chunk(hv, order)) == -ENOMEM && order)
+			order = 0;
+		if (ret)
+			break;
+		pages -= 1UL << order;
+	}
+	mutex_unlock(&hv->pool_lock);
+	return ret;
+}
+
+void havmsi_pool_free(struct havmsi_vm *hv)
+{
+	struct pool_chunk *chunk, *next;
+
+	list_for_each_entry_safe(chunk, next, &hv->pool, list) {
+		__free_pages(chunk->page, chunk->order);
+		kfree(chunk);
+	}
+	INIT_LIST_HEAD(&hv->pool);
+}
+
+/* ---- pages that come back ---- */
+
+/* Wiped, so whatever copy of it lies elsewhere (swap) is out of date. */
+static void unpin(struct page *page)
+{
+	unpin_user_pages_dirty_lock(&page, 1, true);
+}
+
+void havmsi_unpin_all(struct havmsi_vm *hv)
+{
+	unsigned long gfn;
+	struct page *page;
+
+	xa_for_each(&hv->pages, gfn, page) {
+		unpin(page);
+		cond_resched();
+	}
+	xa_destroy(&hv->pages);
+}
+
+void havmsi_uncharge(struct havmsi_vm *hv)
+{
+	if (hv->locked)
+		account_locked_vm(hv->kvm->mm, hv->locked, false);
+	hv->locked = 0;
+}
+
+/* ---- launch; slots_lock and hv->lock are held ---- */
+
+int havmsi_declare_ram(struct havmsi_vm *hv)
+{
+	struct kvm_memslots *slots = kvm_memslots(hv->kvm);
+	struct arm_smccc_1_2_regs regs;
+	struct kvm_memslot_iter iter;
+	unsigned long pages = 0;
+	int ret;
+
+	kvm_for_each_memslot_in_gfn_range(&iter, slots, 0, ~0ULL) {
+		regs = (struct arm_smccc_1_2_regs) {
+			.a0 = HAVMSI_FN_VM_ADD_RAM, .a1 = hv->handle,
+			.a2 = iter.slot->base_gfn << PAGE_SHIFT,
+			.a3 = iter.slot->npages << PAGE_SHIFT,
+		};
+		ret = havmsi_vm_call(hv, &regs, NULL);
+		if (ret)
+			return ret;
+		pages += iter.slot->npages;
+	}
+
+	/*
+	 * Sooner or later all of it is pinned. Say so now, not when the guest
+	 * touches the page that is one too many.
+	 */
+	if (pages > hv->locked) {
+		ret = account_locked_vm(current->mm, pages - hv->locked, true);
+		if (ret) {
+			kvm_err("HA-VMSI: the memory of protected VMs is pinned: %lu MiB exceed RLIMIT_MEMLOCK of %s (ulimit -l)\n",
+				pages >> (20 - PAGE_SHIFT), current->comm);
+			return ret;
+		}
+		hv->locked = pages;
+	}
+
+	/* Pinned pages can't be merged: spare KSM the scanning. */
+	mmap_write_lock(current->mm);
+	ret = ksm_disable(current->mm);
+	mmap_write_unlock(current->mm);
+	return ret;
+}
+
+/* No page table there at all, so no page either. mmap_lock is held. */
+static bool nothing_mapped(struct mm_struct *mm, unsigned long addr)
+{
+	pgd_t *pgd = pgd_offset(mm, addr);
+	p4d_t *p4d;
+	pud_t *pud;
+
+	if (pgd_none(READ_ONCE(*pgd)))
+		return true;
+	p4d = p4d_offset(pgd, addr);
+	if (p4d_none(READ_ONCE(*p4d)))
+		return true;
+	pud = pud_offset(p4d, addr);
+	if (pud_none(READ_ONCE(*pud)))
+		return true;
+	return !pud_leaf(READ_ONCE(*pud)) &&
+	       pmd_none(pmdp_get_lockless(pmd_offset(pud, addr)));
+}
+
+static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page)
+{
+	struct arm_smccc_1_2_regs regs = {
+		.a0 = HAVMSI_FN_VM_POPULATE, .a1 = hv->handle,
+		.a2 = gfn << PAGE_SHIFT, .a3 = page_to_phys(page),
+	};
+	int ret;
+
+	/* Zero pages don't count, and the guest gets zeros anyway. */
+	if (!memchr_inv(page_address(page), 0, PAGE_SIZE)) {
+		unpin_user_page(page);
+		return 0;
+	}
+	ret = xa_err(xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT));
+	if (!ret) {
+		ret = havmsi_vm_call(hv, &regs, NULL);
+		if (ret)
+			xa_erase(&hv->pages, gfn);
+	}
+	if (ret)
+		unpin_user_page(page);
+	return ret;
+}
+
+/*
+ * Hand over what the VMM has written. Anonymous memory that was never touched
+ * is left alone; files in memory are taken as a whole, since they can't be told.
+ */
+static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
+			 struct page **pages)
+{
+	struct mm_struct *mm = current->mm;
+	unsigned long off = 0;
+
+	while (off < slot->npages) {
+		unsigned long hva = slot->userspace_addr + (off << PAGE_SHIFT);
+		/* No further than to the end of one page of PTEs. */
+		unsigned long end = min(ALIGN(hva + 1, PMD_SIZE),
+					hva + ((slot->npages - off) << PAGE_SHIFT));
+		struct vm_area_struct *vma;
+		long got = 0, skip, i;
+		int ret = 0;
+
+		cond_resched();
+		if (fatal_signal_pending(current))
+			return -EINTR;
+
+		mmap_read_lock(mm);
+		vma = find_vma(mm, hva);
+		if (vma)
+			end = min(end, vma->vm_start > hva ? vma->vm_start : vma->vm_end);
+		skip = (end - hva) >> PAGE_SHIFT;
+		if (vma && vma->vm_start <= hva &&
+		    !(vma->vm_flags & (VM_IO | VM_PFNMAP)) &&
+		    !(vma_is_anonymous(vma) && nothing_mapped(mm, hva))) {
+			got = pin_user_pages(hva, skip, PIN_FLAGS | FOLL_DUMP, pages);
+			/* A hole at @hva, or nothing that can be written. */
+			if (got == -EFAULT)
+				got = 0;
+			skip = 1;
+		}
+		mmap_read_unlock(mm);
+
+		if (got < 0)
+			return got;
+		for (i = 0; i < got; i++) {
+			if (!ret)
+				ret = populate_page(hv, slot->base_gfn + off + i, pages[i]);
+			else
+				unpin_user_page(pages[i]);
+		}
+		if (ret)
+			return ret;
+		off += got ?: skip;
+	}
+	return 0;
+}
+
+int havmsi_populate(struct havmsi_vm *hv)
+{
+	struct kvm_memslots *slots = kvm_memslots(hv->kvm);
+	struct kvm_memslot_iter iter;
+	struct page **pages;
+	int ret = 0;
+
+	pages = (struct page **)__get_free_page(GFP_KERNEL);
+	if (!pages)
+		return -ENOMEM;
+	BUILD_BUG_ON(BATCH < PTRS_PER_PTE);
+	kvm_for_each_memslot_in_gfn_range(&iter, slots, 0, ~0ULL) {
+		ret = populate_slot(hv, iter.slot, pages);
+		if (ret)
+			break;
+	}
+	free_page((unsigned long)pages);
+	return ret;
+}
+
+/* The VGIC tells its place before the VM exists: remember it for the launch. */
+int havmsi_map_dev(struct kvm *kvm, u64 ipa, u64 pa, unsigned long size)
+{
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	int ret = 0;
+
+	down_write(&hv->lock);
+	for (; size && !ret; size -= PAGE_SIZE, ipa += PAGE_SIZE, pa += PAGE_SIZE) {
+		if (hv->launched || hv->nr_dev == HAVMSI_MAX_DEV)
+			ret = -EPERM;
+		else
+			hv->dev[hv->nr_dev++] = (struct havmsi_dev) { .ipa = ipa, .pa = pa };
+	}
+	up_write(&hv->lock);
+	return ret;
+}
+
+int havmsi_map_devices(struct havmsi_vm *hv)
+{
+	struct arm_smccc_1_2_regs regs;
+	int i, ret;
+
+	for (i = 0; i < hv->nr_dev; i++) {
+		struct havmsi_dev *dev = &hv->dev[i];
+
+		regs = (struct arm_smccc_1_2_regs) {
+			.a0 = HAVMSI_FN_MAP_DEV, .a1 = hv->handle,
+			.a2 = dev->ipa, .a3 = dev->pa,
+		};
+		if (dev->mapped)
+			continue;
+		ret = havmsi_vm_call(hv, &regs, NULL);
+		if (ret)
+			return ret;
+		dev->mapped = true;
+	}
+	return 0;
+}
+
+/* ---- while it runs ---- */
+
+/* The guest wants a page of its RAM that it doesn't have yet. */
+static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
+{
+	struct kvm *kvm = vcpu->kvm;
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	gfn_t gfn = ipa >> PAGE_SHIFT;
+	struct arm_smccc_1_2_regs regs;
+	struct kvm_memory_slot *slot;
+	struct page *page;
+	unsigned long hva;
+	bool writable;
+	int ret, idx;
+
+	idx = srcu_read_lock(&kvm->srcu);
+	down_read(&hv->lock);
+
+	ret = 1;
+	if (!hv->launched)
+		goto out;	/* Reset meanwhile. */
+	slot = gfn_to_memslot(kvm, gfn);
+	hva = gfn_to_hva_memslot_prot(slot, gfn, &writable);
+	if (kvm_is_error_hva(hva) || !writable) {
+		kvm_pr_limited("HA-VMSI VM %llu: no memory behind guest address %#llx any more\n",
+				    hv->handle & 0xffff, ipa);
+		ret = -EFAULT;
+		goto out;
+	}
+	ret = pin_user_pages_fast(hva, 1, PIN_FLAGS, &page);
+	if (ret != 1) {
+		if (ret == -EINTR || ret == -EAGAIN)
+			goto out;
+		kvm_pr_limited("HA-VMSI VM %llu: can't pin the memory behind guest address %#llx (%d)\n",
+				    hv->handle & 0xffff, ipa, ret);
+		ret = -EFAULT;
+		goto out;
+	}
+
+	ret = xa_insert(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
+	if (ret) {
+		unpin_user_page(page);
+		/* Another vCPU is at the same page: let it. */
+		if (ret == -EBUSY) {
+			cond_resched();
+			ret = 1;
+		}
+		goto out;
+	}
+	regs = (struct arm_smccc_1_2_regs) {
+		.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
+		.a3 = page_to_phys(page), .a4 = PAGE_SIZE,
+	};
+	ret = havmsi_vm_call(hv, &regs, NULL);
+	if (ret) {
+		xa_erase(&hv->pages, gfn);
+		unpin_user_page(page);
+		kvm_pr_limited("HA-VMSI VM %llu: PAGE_MAP of guest address %#llx failed (%d)\n",
+				    hv->handle & 0xffff, ipa, ret);
+		ret = ret == -ENOMEM ? ret : -EFAULT;
+		goto out;
+	}
+	ret = 1;
+out:
+	up_read(&hv->lock);
+	srcu_read_unlock(&kvm->srcu, idx);
+	return ret;
+}
+
+/* In place of KVM's: the monitor has told RAM and devices apart already. */
+int havmsi_handle_guest_abort(struct kvm_vcpu *vcpu)
+{
+	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
+	int ret, idx;
+
+	if (hvcpu->exit_class == HAVMSI_EXIT_FAULT)
+		return map_page(vcpu, hvcpu->exit_ipa);
+
+	idx = srcu_read_lock(&vcpu->kvm->srcu);
+	ret = io_mem_abort(vcpu, hvcpu->exit_ipa);
+	srcu_read_unlock(&vcpu->kvm->srcu, idx);
+	return ret;
+}
+
+/* A memory slot goes (slots_lock is held): its pages come back wiped. */
+void havmsi_flush_memslot(struct kvm *kvm, struct kvm_memory_slot *slot)
+{
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	gfn_t end = slot->base_gfn + slot->npages;
+	unsigned long gfn;
+	struct page *page;
+
+	if (!hv)
+		return;
+	down_write(&hv->lock);
+	if (!hv->handle)
+		goto out;
+	xa_for_each_range(&hv->pages, gfn, page, slot->base_gfn, end - 1) {
+		struct arm_smccc_1_2_regs regs = {
+			.a0 = HAVMSI_FN_PAGE_UNMAP, .a1 = hv->handle,
+			.a2 = gfn << PAGE_SHIFT, .a3 = 1,
+		};
+
+		/* What the monitor doesn't give back stays pinned until VM_DESTROY. */
+		if (WARN_ON_ONCE(havmsi_vm_call(hv, &regs, NULL)))
+			continue;
+		xa_erase(&hv->pages, gfn);
+		unpin(page);
+		cond_resched();
+	}
+out:
+	up_write(&hv->lock);
+}
