@@ -1,29 +1,325 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-use std::vec;
+use core::sync::atomic::AtomicU16;
+use std::vec::Vec;
+use std::{iter, vec};
+
+use havmsi_abi::layout::carveout_size;
 
 use super::*;
-use crate::fake::{Event, FakeHardware};
+use crate::fake::{
+    BANK2, BASE, CARVEOUT, Event, FakeHardware, FakeMachine, UART, host_page, records,
+};
+use crate::page::VmSlot;
+use crate::vm::Machine as _;
 
-const BASE: u64 = 0x4000_0000;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
 
-fn map(hw: &FakeHardware) -> HostMap {
-    let ram = Ram::new([Range { base: BASE, size: 16 << 20 }, Range::default()]);
-    let uart = Range { base: 0x900_0000, size: PAGE_SIZE };
-    HostMap::new(hw, ram, 4 << 20, core::iter::once(uart)).unwrap()
+fn range(base: u64, size: u64) -> Range {
+    Range { base, size }
+}
+
+fn one_bank(size: u64) -> Ram {
+    Ram::new([range(BASE, size), Range::default()])
+}
+
+fn build(hw: &FakeHardware, ram: Ram, devices: &[Range]) -> Result<HostMap, Error> {
+    let size = carveout_size(ram.page_count() * PAGE_SIZE);
+    HostMap::new(hw, ram, size, devices.iter().copied())
+}
+
+/// The entry at each level for an address.
+fn walk(hw: &FakeHardware, map: &HostMap, at: u64) -> Vec<Entry> {
+    let mut table = map.root();
+    let ipa = Ipa(at);
+    let mut path = vec![];
+    for slot in [level1_index(ipa), level2_index(ipa), level3_index(ipa)] {
+        let entry = Entry(hw.read_entry(table, slot));
+        path.push(entry);
+        if !entry.is_valid() || entry.is_block() {
+            break;
+        }
+        table = entry.address();
+    }
+    path
 }
 
 #[test]
 fn the_host_sees_its_ram_and_devices_only() {
     let hw = FakeHardware::default();
-    hw.poke(Pa(BASE), 0, 1);
-    hw.zero_page(Pa(BASE));
-    assert!(hw.is_zero(Pa(BASE)));
-    assert_eq!(hw.take_events(), vec![Event::Zero(Pa(BASE))]);
-    let map = map(&hw);
-    assert_ne!(hw.peek(map.root(), 1), 0);
-    assert_eq!(map.lookup(&hw, Ipa(BASE)), None);
-    assert_eq!(map.lookup(&hw, Ipa(BASE + (4 << 20) - 1)), None);
-    assert!(map.lookup(&hw, Ipa(BASE + (4 << 20))).is_some_and(Entry::is_writable));
-    assert!(map.lookup(&hw, Ipa(0x900_0000)).is_some_and(|e| !e.is_executable()));
-    assert_eq!(map.lookup(&hw, Ipa(0x900_1000)), None);
+    let windows = [range(0x900_0000, PAGE_SIZE), range(0x800_0000, 0x1_0000)];
+    let map = build(&hw, one_bank(16 * MIB), &windows).unwrap();
+    assert_eq!(map.root(), Pa(BASE + 0x2000));
+    let look = |at| map.lookup(&hw, Ipa(at));
+    let block = Entry::block(Pa(BASE + 4 * MIB), Attributes::Memory);
+    for unmapped in [
+        0,
+        BASE - 1,
+        BASE,
+        BASE + 4 * MIB - 1,
+        BASE + 16 * MIB,
+        0x7ff_f000,
+        0x801_0000,
+        0x900_1000,
+        BASE + GIB,
+        1 << 40,
+        (1 << 40) + BASE + 4 * MIB,
+        u64::MAX,
+    ] {
+        assert_eq!(look(unmapped), None, "{unmapped:#x}");
+    }
+    assert_eq!(look(BASE + 4 * MIB), Some(block));
+    assert_eq!(look(BASE + 6 * MIB - 1), Some(block));
+    assert!(look(BASE + 16 * MIB - 1).is_some());
+    for device in [0x900_0000, 0x800_0000, 0x800_f000] {
+        assert_eq!(look(device), Some(Entry::page(Pa(device), Attributes::Device)));
+    }
+}
+
+#[test]
+fn large_ram_is_mapped_in_gib_blocks_where_it_can() {
+    let hw = FakeHardware::default();
+    let ram =
+        Ram::new([range(BASE, 2 * GIB + 16 * MIB), range(BANK2 + 512 * MIB, GIB + 512 * MIB)]);
+    let map = build(&hw, ram, &[]).unwrap();
+    let carveout = carveout_size(ram.page_count() * PAGE_SIZE);
+    let levels = |at| walk(&hw, &map, at).len();
+    let leaf = |at: u64, size: u64| {
+        let block = Entry::block(Pa(at / size * size), Attributes::Memory);
+        assert_eq!(map.lookup(&hw, Ipa(at)), Some(block), "{at:#x}");
+    };
+    assert_eq!(levels(BASE + carveout), 2);
+    leaf(BASE + carveout, 2 * MIB);
+    leaf(BASE + GIB - 1, 2 * MIB);
+    assert_eq!(levels(BASE + GIB), 1);
+    leaf(BASE + 2 * GIB - 1, GIB);
+    leaf(BASE + 2 * GIB, 2 * MIB);
+    assert_eq!(map.lookup(&hw, Ipa(BASE + 2 * GIB + 16 * MIB)), None);
+    assert_eq!(map.lookup(&hw, Ipa(BANK2 + 512 * MIB - 1)), None);
+    leaf(BANK2 + 512 * MIB, 2 * MIB);
+    leaf(BANK2 + GIB, GIB);
+    leaf(BANK2 + 2 * GIB - 1, GIB);
+    assert_eq!(map.lookup(&hw, Ipa(BANK2 + 2 * GIB)), None);
+    // All tables differ, and lie in the carve-out behind the roots.
+    let mut tables = vec![];
+    for at in [BASE, BASE + GIB, BASE + 2 * GIB, BANK2 + 512 * MIB, BANK2 + GIB] {
+        tables.push(map.level2_table(Pa(at)).unwrap());
+        tables.push(map.level3_table(Pa(at)).unwrap());
+    }
+    tables.push(map.level3_table(Pa(BANK2 + 2 * GIB - 1)).unwrap());
+    tables.sort_unstable();
+    tables.dedup();
+    assert_eq!(tables.len(), 11);
+    assert!(tables.iter().all(|t| t.0 >= BASE + carveout::LEVEL2_TABLES));
+    assert!(tables.iter().all(|t| t.0 < BASE + carveout));
+    assert_eq!(map.level2_table(Pa(BASE - 1)), None);
+    assert_eq!(map.level3_table(Pa(BASE - 1)), None);
+}
+
+#[test]
+fn a_platform_that_tables_cannot_hold_is_refused() {
+    let hw = FakeHardware::default();
+    let none = Range::default();
+    let bad = |banks| build(&hw, Ram::new(banks), &[]).err();
+    assert_eq!(bad([range(BASE + MIB, 16 * MIB), none]), Some(Error::Invalid));
+    assert_eq!(bad([range(BASE, 17 * MIB), none]), Some(Error::Invalid));
+    assert_eq!(bad([range(BASE, 16 * MIB), range(BANK2 + MIB, 2 * MIB)]), Some(Error::Invalid));
+    assert_eq!(bad([range(BASE, 16 * MIB), range(BANK2, MIB)]), Some(Error::Invalid));
+    assert_eq!(bad([range(BASE, 16 * MIB), range(1 << 40, 2 * MIB)]), Some(Error::Invalid));
+    let last = range((1 << 40) - 2 * MIB, 2 * MIB);
+    assert_eq!(bad([range(BASE, 16 * MIB), last]), None);
+    assert_eq!(
+        bad([range(BASE, 16 * MIB), range(u64::MAX - 2 * MIB + 1, 4 * MIB)]).is_some(),
+        true
+    );
+    assert_eq!(bad([none, range(BANK2, 16 * MIB)]), Some(Error::Invalid));
+    // 32 level 2 tables: 32 GiB, wherever they are.
+    assert_eq!(bad([range(0, 32 * GIB), none]), None);
+    assert_eq!(bad([range(0, 33 * GIB), none]), Some(Error::Invalid));
+    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 30 * GIB)]), None);
+    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 31 * GIB)]), Some(Error::Invalid));
+    // Two banks in one GiB.
+    assert_eq!(bad([range(0, 16 * MIB), range(512 * MIB, 16 * MIB)]), Some(Error::Invalid));
+    assert_eq!(bad([range(GIB, 16 * MIB), range(512 * MIB, GIB)]), Some(Error::Invalid));
+    assert_eq!(bad([range(512 * MIB, GIB), range(GIB + 512 * MIB, GIB)]), Some(Error::Invalid));
+    assert_eq!(bad([range(512 * MIB, GIB), range(2 * GIB, GIB)]), None);
+    assert_eq!(bad([range(2 * GIB, GIB), range(512 * MIB, GIB)]), None);
+    for carveout in [0, 2 * MIB, 4 * MIB + PAGE_SIZE, 18 * MIB] {
+        let map = HostMap::new(&hw, one_bank(16 * MIB), carveout, iter::empty());
+        assert_eq!(map.err(), Some(Error::Invalid), "{carveout:#x}");
+    }
+    assert!(HostMap::new(&hw, one_bank(16 * MIB), 16 * MIB, iter::empty()).is_ok());
+}
+
+#[test]
+fn a_device_window_never_lies_in_ram() {
+    let bad = |window| build(&FakeHardware::default(), one_bank(16 * MIB), &[window]).err();
+    let invalid = Some(Error::Invalid);
+    assert_eq!(bad(range(BASE, PAGE_SIZE)), invalid);
+    assert_eq!(bad(range(BASE + 16 * MIB - PAGE_SIZE, PAGE_SIZE)), invalid);
+    assert_eq!(bad(range(BASE - PAGE_SIZE, 2 * PAGE_SIZE)), invalid);
+    assert_eq!(bad(range(0x900_0800, PAGE_SIZE)), invalid);
+    assert_eq!(bad(range(0x900_0000, 0x800)), invalid);
+    assert_eq!(bad(range((1 << 40) - PAGE_SIZE, 2 * PAGE_SIZE)), invalid);
+    assert_eq!(bad(range(1 << 40, PAGE_SIZE)), invalid);
+    assert_eq!(bad(range(BASE + 16 * MIB, PAGE_SIZE)), None);
+    assert_eq!(bad(range(BASE - PAGE_SIZE, PAGE_SIZE)), None);
+    // 28 tables: one for the GiB, one for each 2 MiB.
+    assert_eq!(bad(range(0, 54 * MIB)), None);
+    assert_eq!(bad(range(0, 54 * MIB + PAGE_SIZE)), invalid);
+}
+
+#[test]
+fn a_window_in_a_gib_of_ram_shares_its_table() {
+    let hw = FakeHardware::default();
+    let windows = [range(BASE + 32 * MIB, PAGE_SIZE)];
+    let map = build(&hw, one_bank(16 * MIB), &windows).unwrap();
+    let device = Entry::page(Pa(BASE + 32 * MIB), Attributes::Device);
+    assert_eq!(map.lookup(&hw, Ipa(BASE + 32 * MIB)), Some(device));
+    let block = Entry::block(Pa(BASE + 4 * MIB), Attributes::Memory);
+    assert_eq!(map.lookup(&hw, Ipa(BASE + 4 * MIB)), Some(block));
+}
+
+/// Checks that every page but those in `hidden` is mapped to itself.
+fn identical(hw: &FakeHardware, map: &HostMap, pages: Range, hidden: &[u64]) {
+    for at in (pages.base..pages.base + pages.size).step_by(4096) {
+        let leaf = map.lookup(hw, Ipa(at)).unwrap();
+        if hidden.contains(&at) {
+            assert_eq!(leaf, Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly));
+            continue;
+        }
+        let size = [GIB, 2 * MIB, PAGE_SIZE][walk(hw, map, at).len() - 1];
+        let own = Pa(at / size * size);
+        let expected = if size == PAGE_SIZE {
+            Entry::page(own, Attributes::Memory)
+        } else {
+            Entry::block(own, Attributes::Memory)
+        };
+        assert_eq!(leaf, expected, "{at:#x}");
+    }
+}
+
+#[test]
+fn splitting_changes_no_other_page() {
+    let hw = FakeHardware::default();
+    let ram = one_bank(2 * GIB);
+    let mut map = build(&hw, ram, &[]).unwrap();
+    let vttbr = map.root().0;
+    hw.watch(vttbr);
+    hw.load(vttbr);
+    let records: Vec<_> = (0..ram.page_count()).map(|_| AtomicU16::new(0)).collect();
+    let pages = Pages::new(ram, &records).unwrap();
+    let around = range(BASE + GIB, 8 * MIB);
+    let (a, b) = (BASE + GIB + 4 * MIB, BASE + GIB + 6 * MIB - PAGE_SIZE);
+    hw.take_events();
+    for at in [a, b] {
+        pages.give_to_host(Pa(at));
+        let page = pages.claim(Pa(at), Owner::Host).unwrap();
+        let page = map.hide(&hw, &pages, page).unwrap().scrub(&hw);
+        pages.settle(page, Owner::Private(VmSlot(0)));
+        assert_eq!(walk(&hw, &map, at).len(), 3);
+        assert_eq!(walk(&hw, &map, BASE + GIB).len(), 2);
+        assert_eq!(walk(&hw, &map, BASE + 2 * GIB - 1).len(), 2);
+        let hidden: &[u64] = if at == a { &[a] } else { &[a, b] };
+        identical(&hw, &map, around, hidden);
+        identical(&hw, &map, range(BASE + 2 * GIB - 4 * MIB, 4 * MIB), &[]);
+    }
+    assert_eq!(hw.stale(), vec![]);
+    // Back again: the blocks stay split, the pages are the host's.
+    let page = pages.claim(Pa(a), Owner::Private(VmSlot(0))).unwrap();
+    map.show(&hw, &pages, page.isolated().scrub(&hw));
+    assert_eq!(pages.owner(Pa(a)), Some(Owner::Host));
+    identical(&hw, &map, around, &[b]);
+}
+
+#[test]
+fn every_change_breaks_before_it_makes() {
+    let hw = FakeHardware::default();
+    let ram = one_bank(2 * GIB);
+    let mut map = build(&hw, ram, &[]).unwrap();
+    let pa = Pa(BASE + GIB + 0x3000);
+    let (root, level2) = (map.root(), map.level2_table(pa).unwrap());
+    let level3 = map.level3_table(pa).unwrap();
+    hw.take_events();
+    let zero = Entry::page(map.zero_frame(), Attributes::ReadOnly);
+    map.replace(&hw, pa, zero).unwrap();
+    let events = hw.take_events();
+    let changed = |table, slot: usize, to: Entry| {
+        vec![
+            Event::Write(table, slot, 0),
+            Event::InvalidateHost(Ipa(pa.0)),
+            Event::Write(table, slot, to.0),
+        ]
+    };
+    // The new table is complete before it is linked.
+    let filled = |table, events: &[Event]| {
+        assert_eq!(events.len(), ENTRIES);
+        assert!(
+            events.iter().all(|e| matches!(e, Event::Write(t, _, v) if *t == table && *v != 0))
+        );
+    };
+    filled(level2, &events[..512]);
+    assert_eq!(events[512..515], changed(root, 2, Entry::table(level2)));
+    filled(level3, &events[515..1027]);
+    assert_eq!(events[1027..1030], changed(level2, 0, Entry::table(level3)));
+    assert_eq!(events[1030..], changed(level3, 3, zero));
+    let own = Entry::page(pa, Attributes::Memory);
+    map.replace(&hw, pa, own).unwrap();
+    assert_eq!(hw.take_events(), changed(level3, 3, own));
+}
+
+#[test]
+fn pages_of_both_banks_go_and_come_back() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    for pa in [host_page(0), host_page(1), Pa(BASE + 6 * MIB - 0x1000), Pa(BANK2 + 0x1f_f000)] {
+        let page = m.pages.claim(pa, Owner::Host).unwrap();
+        let page = m.with_host_map(|map| map.hide(&m.hw, &m.pages, page)).unwrap();
+        let zero = Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly);
+        assert_eq!(m.host_leaf(pa), Some(zero));
+        let page = page.scrub(&m.hw);
+        m.with_host_map(|map| map.show(&m.hw, &m.pages, page));
+        assert_eq!(m.host_leaf(pa), Some(Entry::page(pa, Attributes::Memory)));
+        assert_eq!(m.pages.owner(pa), Some(Owner::Host));
+    }
+    assert_eq!(m.host_leaf(Pa(BASE + CARVEOUT - 1)), None);
+}
+
+#[test]
+fn a_page_that_cannot_be_hidden_stays_the_hosts() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let pa = host_page(1);
+    let page = m.pages.claim(pa, Owner::Host).unwrap();
+    // A map that does not know the second bank.
+    let hw = FakeHardware::default();
+    let mut small = build(&hw, one_bank(6 * MIB), &[]).unwrap();
+    assert_eq!(small.hide(&hw, &m.pages, page).unwrap_err(), Error::Denied);
+    assert_eq!(m.pages.owner(pa), Some(Owner::Host));
+}
+
+#[test]
+fn a_fault_is_retried_if_the_map_permits_the_access_by_now() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let hidden = host_page(0);
+    let page = m.pages.claim(hidden, Owner::Host).unwrap();
+    let page = m.with_host_map(|map| map.hide(&m.hw, &m.pages, page)).unwrap();
+    let resolve = |at, write, execute| {
+        m.with_host_map(|map| map.resolve(&m.hw, Ipa(at), write, execute) == Resolution::Retry)
+    };
+    for (at, read, write, execute) in [
+        (host_page(2).0, true, true, true),
+        (hidden.0, true, false, false),
+        (UART, true, true, false),
+        (BASE, false, false, false),
+        (UART + 0x1000, false, false, false),
+        (u64::MAX, false, false, false),
+    ] {
+        assert_eq!(resolve(at, false, false), read, "{at:#x}");
+        assert_eq!(resolve(at, true, false), write, "{at:#x}");
+        assert_eq!(resolve(at, false, true), execute, "{at:#x}");
+        assert_eq!(resolve(at, true, true), write && execute, "{at:#x}");
+    }
+    m.pages.settle(page.scrub(&m.hw), Owner::Private(VmSlot(0)));
 }
