@@ -9,8 +9,8 @@
 use crate::barrier;
 use crate::mmio::Registers;
 use crate::sysreg::{
-    icc_acknowledge_group0, icc_eoir0_el1, icc_igrpen0_el1, icc_igrpen1_el3, icc_pmr_el1, icc_sgi0r_el1,
-    icc_sre_el1, icc_sre_el2, icc_sre_el3, ich_hcr_el2, ich_vmcr_el2, mpidr_el1,
+    icc_acknowledge_group0, icc_eoir0_el1, icc_igrpen0_el1, icc_igrpen1_el3, icc_pmr_el1,
+    icc_sgi0r_el1, icc_sre_el1, icc_sre_el2, icc_sre_el3, ich_hcr_el2, ich_vmcr_el2, mpidr_el1,
 };
 
 /// The monitor's own software-generated interrupt.

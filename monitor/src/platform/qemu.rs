@@ -71,11 +71,11 @@ pub fn facts() -> Facts {
     let Some(mib) = config.read_number(RAM_FILE).filter(|&mib| mib < 1 << 20) else {
         panic!("QEMU needs -fw_cfg name={RAM_FILE},string=N, N being the MiB of -m");
     };
-    let size = (mib << 20) & !((2 << 20) - 1);
+    assert!(mib.is_multiple_of(2), "-m must be a multiple of 2 MiB");
     let mut seed = [0; 32];
     let seeded = config.read_file(SEED_FILE, &mut seed) == Some(seed.len());
     Facts {
-        ram: Ram::new([Range { base: RAM_BASE, size }, Range::default()]),
+        ram: Ram::new([Range { base: RAM_BASE, size: mib << 20 }, Range::default()]),
         cpus: usize::from(config.cpu_count()).min(MAX_CPUS),
         seed: seeded.then_some(seed),
     }
