@@ -163,10 +163,11 @@ impl Attacker {
     fn call<T>(&self, number: u64, data: &mut T) -> Result<()> {
         const READ_WRITE: u64 = 3 << 30;
         let request = READ_WRITE | (size_of::<T>() as u64) << 16 | u64::from(b'H') << 8 | number;
-        let request = libc::Ioctl::try_from(request).map_err(Error::other)?;
         // SAFETY: the module reads and writes exactly size_of::<T>() bytes at the pointer (the size
         // is part of the request); any bits are a valid T. Pointers inside are `mem`'s business.
-        let r = unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(data)) };
+        let r = unsafe {
+            libc::syscall(libc::SYS_ioctl, self.0.as_raw_fd(), request, std::ptr::from_mut(data))
+        };
         if r < 0 { Err(Error::last_os_error()) } else { Ok(()) }
     }
 

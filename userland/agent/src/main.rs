@@ -66,7 +66,8 @@ fn kernel_lines(from: &str, words: &[&str], most: usize) {
         words.iter().any(|w| line.contains(w))
     });
     for line in lines.take(most) {
-        out::event(Object::event("dmesg").text("line", line));
+        let text = line.split_once('>').map_or(line, |(_, text)| text);
+        out::event(Object::event("dmesg").text("line", text));
     }
 }
 

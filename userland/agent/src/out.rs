@@ -16,10 +16,17 @@ pub fn line(text: &str) {
     let _ = out.flush();
 }
 
+/// Seconds since the host's kernel started, as it prints them.
+fn uptime() -> String {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    text.split_whitespace().next().unwrap_or("0").to_owned()
+}
+
 /// Prints an event.
 pub fn event(object: Object) {
     let n = NUMBER.fetch_add(1, Ordering::Relaxed);
-    line(&format!("{AGENT_PREFIX}{}", object.value("n", n).finish()));
+    let object = object.value("n", n).value("t", uptime());
+    line(&format!("{AGENT_PREFIX}{}", object.finish()));
 }
 
 /// Prints how far a step is.

@@ -115,7 +115,8 @@ pub fn scan_ram(seed: Seed) -> Result<(u64, u64), String> {
             let len = usize::try_from(last + 1 - at).unwrap_or(chunk.len()).min(chunk.len());
             let part = &mut chunk[..len];
             mem.read_exact_at(part, at).map_err(|e| format!("/dev/mem at {at:#x}: {e}"))?;
-            for page in part.chunks_exact(4096) {
+            let tag = seed.tag().to_le_bytes();
+            for page in part.chunks_exact(4096).filter(|page| page.starts_with(&tag)) {
                 let words: Vec<u64> = page
                     .chunks_exact(8)
                     .filter_map(|w| w.try_into().ok().map(u64::from_le_bytes))

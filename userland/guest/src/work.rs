@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 const TARGETS: usize = 16;
 const SPIN: u64 = 1_500_000;
 const STEPS: u32 = 20_000;
+const PAUSE: Duration = Duration::from_millis(20);
 /// Passes over the whole memory at least, whatever the time limit.
 const MIN_ROUNDS: u64 = 2;
 /// More `corrupt` lines than this help nobody.
@@ -160,6 +161,8 @@ pub fn verify(
                         let rounds = shared.rounds.load(Relaxed);
                         say(Object::event("progress").value("rounds", rounds));
                     }
+                    // A pause, so that there are exits for idle vCPUs, and room for others.
+                    std::thread::sleep(PAUSE);
                     if idle {
                         let pause = || !stop.load(Relaxed) && Instant::now() < end;
                         while pause() {
