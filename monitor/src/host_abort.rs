@@ -15,7 +15,6 @@ use crate::{host, platform};
 const EC_SHIFT: u32 = 26;
 const S1PTW: u64 = 1 << 7;
 const WNR: u64 = 1 << 6;
-const CM: u64 = 1 << 8;
 const FNV: u64 = 1 << 10;
 /// Fault status: its kind without the level; permission faults.
 const FSC_KIND: u64 = 0x3c;
@@ -32,12 +31,12 @@ pub fn handle(frame: &mut Frame, esr: u64) {
     if emulate(frame, esr, ipa) {
         return;
     }
-    let execute = esr >> EC_SHIFT == ec::INSTRUCTION_ABORT;
-    // Cache maintenance says "write", and needs no right to.
-    let write = esr & (WNR | CM | S1PTW) == WNR && !execute;
-    let verdict = world.with_host_map(|map| {
-        map.resolve(&world.machine, Ipa(ipa), write, execute && esr & S1PTW == 0)
-    });
+    let walk = esr & S1PTW != 0;
+    let execute = !walk && esr >> EC_SHIFT == ec::INSTRUCTION_ABORT;
+    // Where a walk may not even read, there is no leaf; where it lacks a
+    // permission, it is to write (FEAT_HAFDBS). Cache maintenance says "write".
+    let write = if walk { esr & FSC_KIND == FSC_PERMISSION } else { !execute && esr & WNR != 0 };
+    let verdict = world.with_host_map(|map| map.resolve(&world.machine, Ipa(ipa), write, execute));
     if verdict == Resolution::Refused {
         let far = if esr & FNV == 0 { far } else { 0 };
         inject_external_abort(frame, esr, far);
