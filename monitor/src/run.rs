@@ -85,10 +85,10 @@ pub struct Context {
 }
 
 impl Context {
-    /// What a vCPU comes up with.
-    pub const RESET: Self = Self {
+    /// A context that no vCPU has started in.
+    const ZERO: Self = Self {
         frame: Frame::new(),
-        el1: El1State::RESET,
+        el1: El1State::ZERO,
         fp: FpState::RESET,
         debug: DebugState::RESET,
         vgic: VgicState::RESET,
@@ -97,7 +97,7 @@ impl Context {
     };
 
     fn start(&mut self, boot: &Boot) {
-        *self = Self::RESET;
+        *self = Self { el1: El1State::RESET, ..Self::ZERO };
         self.frame.x[..4].copy_from_slice(&boot.x);
         self.frame.elr = boot.pc;
         self.frame.spsr = spsr::EL1H | spsr::DAIF;
@@ -120,7 +120,7 @@ struct Contexts([ContextCell; MAX_CONTEXTS]);
 unsafe impl Sync for Contexts {}
 
 static CONTEXTS: Contexts =
-    Contexts([const { ContextCell(UnsafeCell::new(Context::RESET)) }; MAX_CONTEXTS]);
+    Contexts([const { ContextCell(UnsafeCell::new(Context::ZERO)) }; MAX_CONTEXTS]);
 
 /// The vCPU that a CPU runs.
 #[derive(Clone, Copy)]
@@ -140,7 +140,7 @@ struct Local {
     host: El1State,
     host_debug: DebugState,
     current: Option<Current>,
-    /// The vCPU of each VM that ran here last.
+    /// The vCPU of each VM that ran here last: its index plus 1, 0 for none.
     last: [u8; MAX_VMS],
 }
 
@@ -149,15 +149,13 @@ struct Locals([UnsafeCell<Local>; MAX_CPUS]);
 // SAFETY: each CPU reaches its own element only (`with_local`).
 unsafe impl Sync for Locals {}
 
-const NO_VCPU: u8 = u8::MAX;
-
 static LOCALS: Locals = Locals(
     [const {
         UnsafeCell::new(Local {
-            host: El1State::RESET,
+            host: El1State::ZERO,
             host_debug: DebugState::RESET,
             current: None,
-            last: [NO_VCPU; MAX_VMS],
+            last: [0; MAX_VMS],
         })
     }; MAX_CPUS],
 );
@@ -287,7 +285,7 @@ fn enter(
     let frame = &raw mut context.frame;
     current.debug_loaded = armed;
     let last = &mut local.last[usize::from(slot.0)];
-    let vcpu = idx.to_le_bytes()[0];
+    let vcpu = idx.to_le_bytes()[0] + 1;
     if *last != vcpu {
         *last = vcpu;
         tlb::flush_local_vcpu();

@@ -85,6 +85,18 @@ mod tests {
     use std::string::String;
 
     #[test]
+    fn the_kernels_copy_is_the_generated_one() {
+        let path = std::concat!(
+            std::env!("CARGO_MANIFEST_DIR"),
+            "/../../linux/files/arch/arm64/include/asm/havmsi_abi.h"
+        );
+        let mut text = String::new();
+        super::write(&mut text).unwrap();
+        let copy = std::fs::read_to_string(path).unwrap();
+        std::assert!(copy == text, "run `cargo xtask header`");
+    }
+
+    #[test]
     fn names_every_call_and_error() {
         let mut text = String::new();
         super::write(&mut text).unwrap();

@@ -175,8 +175,10 @@ impl Access {
     }
 }
 
-/// What the host may answer at the next run.
+/// What the host may answer at the next run. `Nothing` is all zeros, so that a
+/// static array of contexts needs no place in the monitor's image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u8)]
 pub enum Pending {
     /// Nothing.
     #[default]

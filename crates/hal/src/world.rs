@@ -31,8 +31,12 @@ macro_rules! registers {
         }
 
         impl El1State {
+            /// Nothing yet: what a static starts as, so that it needs no place
+            /// in the image.
+            pub const ZERO: Self = Self { sctlr: 0, tcr: 0, $($name: 0,)* };
+
             /// What a CPU comes up with.
-            pub const RESET: Self = Self { sctlr: SCTLR_EL1_RESET, tcr: 0, $($name: 0,)* };
+            pub const RESET: Self = Self { sctlr: SCTLR_EL1_RESET, ..Self::ZERO };
 
             /// Reads all of them.
             pub fn save(&mut self) {
