@@ -29,3 +29,5 @@ pub mod vm;
 
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod hostile;

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-use std::collections::HashMap;
 use std::string::String;
 use std::vec::Vec;
-use std::{boxed::Box, format, vec};
+use std::{format, vec};
 
 use super::*;
 use crate::audit::Audit;
 use crate::fake::{
-    BANK2, BASE, CARVEOUT, Event, FakeMachine, PAGES, UART, host_page, records, root,
+    BANK2, BASE, CARVEOUT, Event, FakeMachine, Memory, PAGES, UART, host_page, records, root,
 };
 use crate::stage2::{Attributes, Entry};
 
@@ -23,7 +22,7 @@ const MEM: u64 = 16;
 /// All that a call could change.
 #[derive(PartialEq, Debug)]
 pub(crate) struct Snapshot {
-    memory: HashMap<u64, Box<[u64; 512]>>,
+    memory: Memory,
     owners: Vec<Option<Owner>>,
     vms: Vec<String>,
 }
