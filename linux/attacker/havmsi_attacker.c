@@ -32,6 +32,13 @@
 #include <asm/kvm_emulate.h>
 #include <asm/kvm_pgtable.h>
 
+#if defined(CONFIG_KVM_HAVMSI) && __has_include("havmsi.h")
+#include "havmsi.h"
+#define WITH_HAVMSI 1
+#else
+#define WITH_HAVMSI 0
+#endif
+
 #include "havmsi_attacker.h"
 
 /* ---- Memory that may not be there --------------------------------------- */
@@ -279,6 +286,37 @@ static long table_of(struct kvm *kvm, struct kvm_pgtable *table)
 	return 0;
 }
 
+#if WITH_HAVMSI
+/* As havmsi_mmu.c has it; a look, nothing depends on it. */
+struct pool_chunk {
+	struct list_head list;
+	struct page *page;
+	unsigned int order;
+};
+
+static void monitors_view(struct kvm *kvm, struct atk_vm *vm)
+{
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	struct pool_chunk *chunk;
+	unsigned int i = 0;
+
+	if (!hv)
+		return;
+	vm->handle = READ_ONCE(hv->handle);
+	mutex_lock(&hv->pool_lock);
+	list_for_each_entry(chunk, &hv->pool, list) {
+		if (i == ATK_FRAMES)
+			break;
+		vm->pool[i++] = page_to_pfn(chunk->page);
+	}
+	mutex_unlock(&hv->pool_lock);
+}
+#else
+static void monitors_view(struct kvm *kvm, struct atk_vm *vm)
+{
+}
+#endif
+
 static long atk_vm(struct atk_vm *vm)
 {
 	struct file *file = kvm_file(vm->fd, "kvm-vm");
@@ -310,6 +348,9 @@ static long atk_vm(struct atk_vm *vm)
 		};
 	}
 	srcu_read_unlock(&kvm->srcu, idx);
+	vm->handle = 0;
+	memset(vm->pool, 0, sizeof(vm->pool));
+	monitors_view(kvm, vm);
 	fput(file);
 	return 0;
 }

@@ -64,6 +64,8 @@ struct atk_vm {
 	__u64 vcpus;
 	__u64 slots;
 	struct atk_slot slot[ATK_SLOTS];
+	__u64 handle;		/* the monitor's name of the VM, 0 if there is none */
+	__u64 pool[ATK_FRAMES];	/* page frames that KVM gave the monitor for tables, 0 for none */
 };
 
 /* Find, or overwrite, the stage-2 descriptor of an address, in the table page itself. */

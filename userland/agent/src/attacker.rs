@@ -83,6 +83,10 @@ pub struct Vm {
     pub slots: u64,
     /// The slots.
     pub slot: [Slot; SLOTS],
+    /// The monitor's name of the VM, 0 if there is none.
+    pub handle: u64,
+    /// Page frames that KVM gave the monitor for tables, 0 for none.
+    pub pool: [u64; FRAMES],
 }
 
 /// A stage-2 descriptor.

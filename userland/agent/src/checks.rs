@@ -59,6 +59,7 @@ pub struct Field<'a> {
     vcpus: Vec<Vec<OwnedFd>>,
     ram: Vec<u64>,
     handles: Vec<u64>,
+    pool: Vec<u64>,
     faults: Vec<u64>,
 }
 
@@ -190,6 +191,7 @@ impl<'a> Field<'a> {
             vcpus: Vec::new(),
             ram: Vec::new(),
             handles: Vec::new(),
+            pool: Vec::new(),
             faults: Vec::new(),
         };
         for guest in guests {
@@ -200,9 +202,11 @@ impl<'a> Field<'a> {
             let ram = slot.or_else(|| guest.ram(params.gmem));
             field.ram.push(ram.ok_or_else(|| format!("guest {}: RAM not found", guest.index))?);
             field.vms.push(vm);
+            field.handles.extend(Some(slots.handle).filter(|h| *h != 0));
+            field.pool.extend(slots.pool.iter().filter(|pfn| **pfn != 0).take(2));
             field.vcpus.push(guest.descriptors("kvm-vcpu"));
         }
-        if attacker.monitor() {
+        if attacker.monitor() && field.handles.is_empty() {
             field.handles = field.find_handles();
         }
         Ok(field)
@@ -496,10 +500,11 @@ impl<'a> Field<'a> {
         self.map_attack(guest, target::TWICE_PLACE, pa, is)
     }
 
-    /// Pages that a monitor may keep tables in: what the host may not read, and the part of RAM
-    /// below the host's.
+    /// Pages that a monitor may keep tables in: what KVM gave it for that, what the host may not
+    /// read, and the part of RAM below the host's.
     fn table_pages(&self) -> Vec<u64> {
-        let mut pages: Vec<u64> = self.faults.iter().take(4).map(|pfn| pfn * PAGE_SIZE).collect();
+        let known = self.pool.iter().chain(self.faults.iter().take(4));
+        let mut pages: Vec<u64> = known.map(|pfn| pfn * PAGE_SIZE).collect();
         let map = std::fs::read_to_string("/proc/iomem").unwrap_or_default();
         let first = map.lines().find_map(|line| {
             let (range, name) = line.split_once(" : ")?;

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A guest: a QEMU process and what its console says.
 
+use crate::attacker::Attacker;
 use crate::out;
 use crate::params::Params;
 use crate::sys;
 use havmsi_proto::json::{Object, field, hex_list, number};
 use havmsi_proto::{GUEST_PREFIX, Seed};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -168,6 +169,16 @@ impl Guest {
     /// QEMU's process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Says which VM of the monitor's this guest is, if the kernel knows.
+    pub fn identify(&self, attacker: &Attacker) {
+        let vm = self.descriptors("kvm-vm").into_iter().next();
+        let vm = vm.and_then(|vm| attacker.vm(vm.as_fd()).ok());
+        if let Some(vm) = vm.filter(|vm| vm.handle != 0) {
+            let object = Object::event("guest").value("index", self.index);
+            out::event(object.value("pid", self.pid()).hex("vm", vm.handle));
+        }
     }
 
     fn signal(&self, signal: i32) {

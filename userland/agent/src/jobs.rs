@@ -54,6 +54,9 @@ impl Job<'_> {
             }
         }
         out::progress("seeds", count, count, "all guests have given their seeds");
+        if let Some(attacker) = self.attacker {
+            guests.iter().for_each(|guest| guest.identify(attacker));
+        }
         Ok(guests)
     }
 

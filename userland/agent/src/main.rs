@@ -128,7 +128,16 @@ fn agent() -> jobs::End {
 
 /// Kernel lines that tell of trouble, at the end of a job.
 fn kernel_trouble() {
-    let words = ["bug:", "oops", "warning:", "external abort", "unable to handle", "call trace"];
+    let words = [
+        "bug:",
+        "oops",
+        "warning:",
+        "external abort",
+        "unable to handle",
+        "call trace",
+        "stall",
+        "blocked for",
+    ];
     kernel_lines(&sys::kernel_log(), &words, 10);
 }
 
