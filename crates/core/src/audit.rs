@@ -306,3 +306,6 @@ impl<'a, H: Hardware> Audit<'a, H> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

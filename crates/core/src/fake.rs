@@ -409,3 +409,90 @@ impl Machine for FakeMachine<'_> {
         f(&mut self.host.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 }
+
+/// The fake stops a test that does what it must not.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stage2::Attributes;
+
+    const VTTBR: u64 = 1 << 48 | (BASE + carveout::VM_ROOTS);
+    const LEVEL2: Pa = Pa(BASE + CARVEOUT);
+    const LEVEL3: Pa = Pa(BASE + CARVEOUT + 0x1000);
+    const PAGE: Pa = Pa(BASE + CARVEOUT + 0x2000);
+
+    /// A guest with one page, running.
+    fn guest() -> FakeHardware {
+        let hw = FakeHardware::default();
+        hw.watch(VTTBR);
+        hw.write_entry(LEVEL3, 7, Entry::page(PAGE, Attributes::Memory).0);
+        hw.write_entry(LEVEL2, 0, Entry::table(LEVEL3).0);
+        hw.write_entry(Pa(VTTBR & 0xffff_ffff_f000), 0, Entry::table(LEVEL2).0);
+        hw.load(VTTBR);
+        hw
+    }
+
+    #[test]
+    fn translations_stay_until_the_matching_invalidation() {
+        let hw = guest();
+        hw.write_entry(LEVEL3, 7, 0);
+        assert_eq!(hw.stale().len(), 1);
+        hw.invalidate_guest(VTTBR, Ipa(0x6000));
+        hw.invalidate_guest(2 << 48 | VTTBR, Ipa(0x7000));
+        hw.invalidate_host(Ipa(0x7000));
+        assert_eq!(hw.stale().len(), 1);
+        hw.invalidate_guest(VTTBR, Ipa(0x7000));
+        assert_eq!(hw.stale(), Vec::new());
+        hw.zero_page(PAGE);
+    }
+
+    #[test]
+    fn an_unlinked_table_leaves_all_below_it() {
+        let hw = guest();
+        hw.write_entry(LEVEL2, 0, 0);
+        assert_eq!(hw.stale().len(), 2);
+        hw.invalidate_guest_all(VTTBR);
+        assert_eq!(hw.stale(), Vec::new());
+        hw.zero_page(LEVEL3);
+    }
+
+    #[test]
+    #[should_panic(expected = "a TLB still knows it")]
+    fn a_page_wiped_before_the_invalidation_is_seen() {
+        let hw = guest();
+        hw.write_entry(LEVEL3, 7, 0);
+        hw.zero_page(PAGE);
+    }
+
+    #[test]
+    #[should_panic(expected = "mapped in")]
+    fn a_page_hashed_while_mapped_is_seen() {
+        guest().copy_page(PAGE, &mut [0; 4096]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no break before make")]
+    fn a_replaced_entry_is_seen() {
+        guest().write_entry(LEVEL3, 7, Entry::page(LEVEL2, Attributes::Memory).0);
+    }
+
+    #[test]
+    #[should_panic(expected = "becomes valid before")]
+    fn a_missing_invalidation_is_seen() {
+        let hw = guest();
+        hw.write_entry(LEVEL3, 7, 0);
+        hw.write_entry(LEVEL3, 7, Entry::page(PAGE, Attributes::Memory).0);
+    }
+
+    #[test]
+    #[should_panic(expected = "a table in use")]
+    fn a_wiped_table_is_seen() {
+        guest().zero_page(LEVEL3);
+    }
+
+    #[test]
+    #[should_panic(expected = "linked twice")]
+    fn a_table_with_two_places_is_seen() {
+        guest().write_entry(LEVEL2, 1, Entry::table(LEVEL3).0);
+    }
+}

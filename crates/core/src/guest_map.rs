@@ -17,7 +17,7 @@ use crate::stage2::{
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
     pub(crate) head: Option<Pa>,
-    len: u64,
+    pub(crate) len: u64,
 }
 
 impl Pool {
@@ -283,3 +283,6 @@ pub enum MapError {
     /// That many pages are missing in the pool.
     Tables(u64),
 }
+
+#[cfg(test)]
+mod tests;

@@ -28,6 +28,8 @@ pub mod vgic;
 pub mod vm;
 
 #[cfg(test)]
+mod concurrent;
+#[cfg(test)]
 mod fake;
 #[cfg(test)]
 mod hostile;

@@ -304,6 +304,55 @@ mod tests {
     }
 
     #[test]
+    fn settling_moves_a_page_between_the_counts() {
+        let r = records();
+        let pages = Pages::new(ram(), &r).unwrap();
+        let hw = crate::fake::FakeHardware::default();
+        let pa = Pa(0x4000_2000);
+        for n in 0..4 {
+            pages.give_to_host(Pa(0x4000_0000 + n * 0x1000));
+        }
+        assert_eq!(pages.census(), Census { host: 4, table: 0, private: 0 });
+        let mut was = Owner::Host;
+        for (owner, table, private) in [
+            (Owner::Table(VmSlot(0)), 1, 0),
+            (Owner::Host, 0, 0),
+            (Owner::Private(VmSlot(1)), 0, 1),
+            (Owner::Private(VmSlot(2)), 0, 1),
+            (Owner::Host, 0, 0),
+        ] {
+            let page = pages.claim(pa, was).unwrap().isolated().scrub(&hw);
+            assert_eq!((page.pa(), pages.owner(pa)), (pa, None));
+            pages.settle(page, owner);
+            assert_eq!(pages.owner(pa), Some(owner));
+            assert_eq!(pages.census(), Census { host: 4 - table - private, table, private });
+            was = owner;
+        }
+    }
+
+    #[test]
+    fn what_is_scrubbed_is_zero_and_what_is_measured_is_all() {
+        let r = records();
+        let pages = Pages::new(ram(), &r).unwrap();
+        let hw = crate::fake::FakeHardware::default();
+        let pa = Pa(0x4000_2000);
+        pages.give_to_host(pa);
+        for i in 0..512 {
+            hw.poke(pa, i, i as u64 + 1);
+        }
+        let mut content = [0; 4096];
+        let page = pages.claim(pa, Owner::Host).unwrap().isolated().measure(&hw, &mut content);
+        for (bytes, n) in content.as_chunks::<8>().0.iter().zip(1..) {
+            assert_eq!(u64::from_le_bytes(*bytes), n);
+        }
+        pages.settle(page, Owner::Host);
+        assert!(!hw.is_zero(pa));
+        let page = pages.claim(pa, Owner::Host).unwrap().isolated().scrub(&hw);
+        assert!(hw.is_zero(pa));
+        pages.settle(page, Owner::Host);
+    }
+
+    #[test]
     fn unrecorded_and_unaligned_addresses_are_denied() {
         let r = records();
         let pages = Pages::new(ram(), &r).unwrap();

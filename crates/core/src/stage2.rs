@@ -162,6 +162,21 @@ mod tests {
     }
 
     #[test]
+    fn leaves_have_the_bits_of_the_manual() {
+        // AF 10, SH 9:8, S2AP 7:6, MemAttr 5:2, type 1:0, XN 54:53.
+        let normal = 1 << 10 | 3 << 8 | 0b1111 << 2;
+        let at = 0x8_1234_5000;
+        let page = |attributes| Entry::page(Pa(at), attributes).0;
+        assert_eq!(page(Attributes::Memory), at | normal | 3 << 6 | 3);
+        assert_eq!(page(Attributes::ReadOnly), at | normal | 1 << 6 | 3 | 1 << 54);
+        assert_eq!(page(Attributes::Device), at | 1 << 10 | 3 << 6 | 1 << 2 | 3 | 1 << 54);
+        let at = 0x8_4000_0000;
+        assert_eq!(Entry::block(Pa(at), Attributes::Memory).0, at | normal | 3 << 6 | 1);
+        assert_eq!(Entry::table(Pa(0x5000)).0, 0x5003);
+        assert_eq!(vttbr(Pa(0x4010_0000), 128), 0x0080_0000_4010_0000);
+    }
+
+    #[test]
     fn indices_split_a_forty_bit_address() {
         let ipa = Ipa((1023 << 30) | (511 << 21) | (7 << 12));
         assert_eq!((level1_index(ipa), level2_index(ipa), level3_index(ipa)), (1023, 511, 7));
