@@ -108,6 +108,9 @@ pub fn edit(blob: &[u8], ram: u64, initrd: u64, bootargs: &str) -> Result<Vec<u8
         }
     };
     set(chosen, "bootargs", [bootargs.as_bytes(), b"\0"].concat())?;
+    if initrd == 0 {
+        return Ok(tree.to_dtb());
+    }
     let start = layout::host_initrd(RAM_BASE, ram);
     set(chosen, "linux,initrd-start", cells(&[start]))?;
     set(chosen, "linux,initrd-end", cells(&[start + initrd]))?;
@@ -118,7 +121,10 @@ pub fn edit(blob: &[u8], ram: u64, initrd: u64, bootargs: &str) -> Result<Vec<u8
 pub fn build(config: &Config, dir: &Path) -> Result<PathBuf> {
     let raw = dir.join("qemu.dtb");
     dump(config, &raw)?;
-    let initrd = std::fs::metadata(&config.initrd)?.len();
+    let initrd = match &config.initrd {
+        Some(path) => std::fs::metadata(path)?.len(),
+        None => 0,
+    };
     let blob = edit(&std::fs::read(&raw)?, config.mem_mib << 20, initrd, &config.append)?;
     let path = dir.join("host.dtb");
     sh::write(&path, blob)?;

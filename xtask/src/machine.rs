@@ -21,6 +21,8 @@ pub enum Kind {
     Control,
     /// The monitor at EL3, the kernel at EL1.
     Havmsi,
+    /// The kernel at EL1 and nothing above: no virtualisation at all.
+    Bare,
 }
 
 impl Kind {
@@ -29,6 +31,7 @@ impl Kind {
         match self {
             Self::Control => "control",
             Self::Havmsi => "havmsi",
+            Self::Bare => "bare",
         }
     }
 }
@@ -49,7 +52,7 @@ pub struct Config {
     /// Kernel image, or a bare-metal payload.
     pub kernel: PathBuf,
     /// Initramfs.
-    pub initrd: PathBuf,
+    pub initrd: Option<PathBuf>,
     /// Kernel command line.
     pub append: String,
     /// The monitor's image (`Kind::Havmsi`).
@@ -61,10 +64,14 @@ pub struct Config {
 impl Config {
     /// Machine, CPU and memory; `more` is appended to the machine's options.
     pub fn machine_args(&self, command: &mut Command, more: &str) {
-        let secure = if self.kind == Kind::Havmsi { "secure=on," } else { "" };
+        let levels = match self.kind {
+            Kind::Control => "virtualization=on",
+            Kind::Havmsi => "secure=on,virtualization=on",
+            Kind::Bare => "virtualization=off",
+        };
         command
             .arg("-M")
-            .arg(format!("virt,{secure}virtualization=on,gic-version={}{more}", self.gic))
+            .arg(format!("virt,{levels},gic-version={}{more}", self.gic))
             .args(["-cpu", &self.cpu])
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &format!("{}M", self.mem_mib)])
@@ -84,13 +91,11 @@ impl Config {
         self.machine_args(&mut command, "");
         command.args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"]);
         match self.kind {
-            Kind::Control => {
-                command
-                    .arg("-kernel")
-                    .arg(&self.kernel)
-                    .arg("-initrd")
-                    .arg(&self.initrd)
-                    .args(["-append", &self.append]);
+            Kind::Control | Kind::Bare => {
+                command.arg("-kernel").arg(&self.kernel).args(["-append", &self.append]);
+                if let Some(initrd) = &self.initrd {
+                    command.arg("-initrd").arg(initrd);
+                }
             }
             Kind::Havmsi => {
                 let monitor =
@@ -98,14 +103,15 @@ impl Config {
                 let dtb = dtb::build(self, dir)?;
                 let ram = self.mem_mib << 20;
                 command.arg("-bios").arg(monitor);
-                for (file, address) in [
-                    (&dtb, layout::host_dtb(RAM_BASE, ram)),
-                    (&self.kernel, layout::host_kernel(RAM_BASE, ram)),
-                    (&self.initrd, layout::host_initrd(RAM_BASE, ram)),
-                ] {
+                let mut load = |file: &Path, address: u64| {
                     command
                         .arg("-device")
                         .arg(format!("loader,file={},addr={address:#x},force-raw=on", comma(file)));
+                };
+                load(&dtb, layout::host_dtb(RAM_BASE, ram));
+                load(&self.kernel, layout::host_kernel(RAM_BASE, ram));
+                if let Some(initrd) = &self.initrd {
+                    load(initrd, layout::host_initrd(RAM_BASE, ram));
                 }
                 let seed = dir.join("seed.bin");
                 let mut bytes = [0; 64];
@@ -154,7 +160,7 @@ impl Machine {
         fs::create_dir_all(dir)?;
         let mut command = config.command(dir)?;
         command.args(["-chardev", "stdio,id=ns,signal=off", "-serial", "chardev:ns"]);
-        command.arg("-serial").arg(format!("file:{}", comma(&dir.join("monitor.log"))));
+        command.arg("-serial").arg(format!("file:{}", comma(&Self::monitor_log_path(dir))));
         sh::write(&dir.join("command.txt"), format!("{}\n", sh::display(&command)))?;
         let errors = File::create(dir.join("qemu.log"))?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
@@ -175,6 +181,11 @@ impl Machine {
             }
         });
         Ok(Self { group, lines, dir: dir.to_path_buf() })
+    }
+
+    /// Where the secure console goes.
+    pub fn monitor_log_path(dir: &Path) -> PathBuf {
+        dir.join("monitor.log")
     }
 
     /// Waits for the next line or the end.

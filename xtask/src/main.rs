@@ -4,6 +4,7 @@
 mod apt;
 mod build;
 mod cache;
+mod cli_rows;
 mod cpio;
 mod debs;
 mod digest;
@@ -13,10 +14,12 @@ mod job;
 mod kernel;
 mod machine;
 mod report;
+mod rows;
 mod run;
 mod setup;
 mod sh;
 mod tcb;
+mod test;
 mod ui;
 
 use std::path::PathBuf;
@@ -61,6 +64,8 @@ enum Verb {
     Image,
     /// Boot the emulated machine, start guests, attack them, compare with plain KVM
     Run(run::Args),
+    /// Run all tests; the last line is `N passed, N failed`
+    Test(test::Args),
     /// Compute the launch digest of a guest from its files and configuration
     Digest(digest::Args),
     /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
@@ -85,6 +90,7 @@ impl Verb {
             Self::Kernel { .. } => "kernel",
             Self::Image => "image",
             Self::Run(_) => "run",
+            Self::Test(_) => "test",
             Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
             Self::Clean { .. } => "clean",
@@ -153,6 +159,7 @@ fn real_main() -> Result<()> {
         Verb::Kernel { stat } => kernel::main(&ctx, stat),
         Verb::Image => image::main(&ctx),
         Verb::Run(args) => run::main(&ctx, &args),
+        Verb::Test(args) => test::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json } => tcb::main(&ctx, json),
         Verb::Clean { cache } => clean(&ctx, cache),

@@ -40,7 +40,7 @@ impl Cpu {
 }
 
 /// Options of `run`.
-#[derive(Debug, ClapArgs)]
+#[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
     /// Guests side by side
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=8))]
@@ -80,6 +80,33 @@ pub struct Args {
     pub append: String,
 }
 
+impl Default for Args {
+    fn default() -> Self {
+        Self {
+            guests: 2,
+            vcpus: 2,
+            cpus: 4,
+            mem: 4096,
+            gic: 3,
+            cpu: Cpu::CortexA57,
+            no_control: false,
+            control: false,
+            shell: false,
+            job: "run".to_owned(),
+            json: None,
+            append: String::new(),
+        }
+    }
+}
+
+/// Builds what a machine needs and configures it.
+pub fn configure(ctx: &Ctx, args: &Args, kind: Kind) -> Result<Config> {
+    setup::ensure(ctx, &[Need::Qemu, Need::Targets])?;
+    let images = image::all(ctx)?;
+    let monitor = if kind == Kind::Havmsi { Some(build::monitor(ctx)?) } else { None };
+    Ok(args.config(kind, &images, monitor.as_ref(), &args.job))
+}
+
 impl Args {
     /// The machine that these options ask for.
     fn config(
@@ -107,7 +134,7 @@ impl Args {
             gic: self.gic,
             cpu: self.cpu.name().to_owned(),
             kernel: images.kernel.image(),
-            initrd: images.host.clone(),
+            initrd: Some(images.host.clone()),
             append,
             monitor: monitor.map(|m| m.image.clone()),
             extra: vec![],
@@ -123,6 +150,7 @@ fn one(ctx: &Ctx, config: &Config) -> Result<Outcome> {
     let title = match config.kind {
         Kind::Control => "plain KVM (control)",
         Kind::Havmsi => "HA-VMSI",
+        Kind::Bare => "no hypervisor",
     };
     let step = Step::new(title, None);
     let outcome = job::run(config, &ctx.log_dir.join(config.kind.name()), LIMITS, |event| {
@@ -232,11 +260,8 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
 /// The `run` verb.
 pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
     if args.shell {
-        setup::ensure(ctx, &[Need::Qemu, Need::Targets])?;
-        let images = image::all(ctx)?;
         let kind = if args.control { Kind::Control } else { Kind::Havmsi };
-        let monitor = if args.control { None } else { Some(build::monitor(ctx)?) };
-        let config = args.config(kind, &images, monitor.as_ref(), "shell");
+        let config = configure(ctx, &Args { job: "shell".to_owned(), ..args.clone() }, kind)?;
         return machine::shell(&config, &ctx.log_dir.join(kind.name()));
     }
     if let Some(path) = &args.json {

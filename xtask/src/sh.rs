@@ -7,7 +7,8 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, mpsc};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -94,7 +95,16 @@ pub fn display(command: &Command) -> String {
 }
 
 /// Runs a command with all output appended to `log`; calls `each` for every line of it.
-pub fn run_lines(command: &mut Command, log: &Path, mut each: impl FnMut(&str)) -> Result<()> {
+pub fn run_lines(command: &mut Command, log: &Path, each: impl FnMut(&str)) -> Result<()> {
+    run_told(command, log, each, |_| ())
+}
+
+fn run_told(
+    command: &mut Command,
+    log: &Path,
+    mut each: impl FnMut(&str),
+    tell: impl FnOnce(i32),
+) -> Result<()> {
     if let Some(parent) = log.parent() {
         fs::create_dir_all(parent)?;
     }
@@ -103,6 +113,7 @@ pub fn run_lines(command: &mut Command, log: &Path, mut each: impl FnMut(&str)) 
     let (reader, writer) = std::io::pipe()?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut group = Group::spawn(command)?;
+    tell(group.pid);
     // The builder still holds the write ends: swap them out so that the reader sees the end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     for line in BufReader::new(reader).split(b'\n') {
@@ -125,6 +136,39 @@ pub fn run_lines(command: &mut Command, log: &Path, mut each: impl FnMut(&str)) 
 /// Runs a command with all output appended to `log`.
 pub fn run(command: &mut Command, log: &Path) -> Result<()> {
     run_lines(command, log, |_| ())
+}
+
+/// Runs a command with all output appended to `log`; ends it when its time is up.
+pub fn run_limited(command: &mut Command, log: &Path, limit: Duration) -> Result<()> {
+    let (done, wait) = mpsc::channel::<()>();
+    let (tell, pid) = mpsc::channel();
+    let guard = std::thread::spawn(move || {
+        let Ok(pid) = pid.recv() else { return false };
+        let late = wait.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
+        if late {
+            kill_group(pid);
+        }
+        late
+    });
+    let result = run_told(
+        command,
+        log,
+        |_| (),
+        |pid| {
+            let _nobody_waits = tell.send(pid);
+        },
+    );
+    drop(tell);
+    drop(done);
+    if guard.join().unwrap_or(false) {
+        bail!(
+            "time-out: waited {} s for `{}`; its last lines:\n{}",
+            limit.as_secs(),
+            short(command),
+            tail(log, 10)
+        );
+    }
+    result
 }
 
 /// Runs a command with our own terminal.

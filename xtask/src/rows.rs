@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The rows of `cargo xtask test`.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use crate::job::{self, Limits};
+use crate::machine::{Config, Event, Kind, Machine};
+use crate::run::{self, Cpu};
+use crate::setup::{self, TARGETS};
+use crate::test::{Ended, Gave, Test, Verdict, secs};
+use crate::{Ctx, build, digest, image, kernel, sh, tcb};
+
+/// One row.
+pub struct Row {
+    /// Its name: group, machine, what.
+    pub name: String,
+    /// The longest that it may take.
+    pub limit: Duration,
+    /// The command that repeats it.
+    pub command: String,
+    /// What it does.
+    pub work: Work,
+}
+
+/// Kinds of work.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// Cargo with these words.
+    Cargo(Vec<&'static str>),
+    /// The bare-metal payload on the real monitor.
+    Payload(u32, Cpu),
+    /// The comparison of `cargo xtask run`.
+    Run(u32, Cpu),
+    /// A job of the host's agent under the monitor, with more words for its command line.
+    Job(&'static str, u32, Cpu, &'static str),
+    /// The kernel without a monitor: on this machine, with `/dev/kvm` expected or not.
+    NoMonitor(Kind, bool),
+    /// The digest computed twice equals what the monitor reports.
+    Digest(u32),
+    /// Size of the TCB.
+    Tcb,
+    /// Size of the kernel series.
+    Series,
+    /// xtask itself, called wrongly or in a broken environment.
+    Cli(&'static str),
+}
+
+/// Lines at EL3 that are ours, at most.
+const TCB_LIMIT: usize = 5000;
+/// Lines that the series touches in the kernel's own files, at most.
+const SERIES_LIMIT: usize = 250;
+
+/// All rows, cheap ones first.
+pub fn table() -> Vec<Row> {
+    let mut rows = Vec::new();
+    let mut add = |name: String, limit: u64, work: Work| {
+        let command = match &work {
+            Work::Cargo(words) => format!("cargo {}", words.join(" ")),
+            Work::Run(gic, cpu) => format!("cargo xtask run --gic {gic} --cpu {}", cpu.name()),
+            Work::Job(job, gic, cpu, more) => {
+                format!(
+                    "cargo xtask run --no-control --gic {gic} --cpu {} --job {job} --append '{more}'",
+                    cpu.name()
+                )
+            }
+            Work::Tcb => "cargo xtask tcb".to_owned(),
+            Work::Series => "cargo xtask kernel --stat".to_owned(),
+            _ => format!("cargo xtask test --only {name}"),
+        };
+        rows.push(Row { name, limit: secs(limit), command, work });
+    };
+    let (a57, n1) = (Cpu::CortexA57, Cpu::NeoverseN1);
+    add("style/fmt".into(), 60, Work::Cargo(vec!["fmt", "--all", "--check"]));
+    add(
+        "style/clippy-build-machine".into(),
+        300,
+        Work::Cargo(vec!["clippy", "--all-targets", "--", "-D", "warnings"]),
+    );
+    for (name, target, packages) in [
+        (
+            "style/clippy-el3",
+            TARGETS[0],
+            &["havmsi-monitor", "havmsi-hal", "havmsi-core", "havmsi-abi"][..],
+        ),
+        ("style/clippy-payload", TARGETS[0], &["havmsi-payload"]),
+        ("style/clippy-arm64", TARGETS[1], &["havmsi-agent", "havmsi-guest", "havmsi-vmm"]),
+    ] {
+        let mut words = vec!["clippy", "--release", "--target", target];
+        packages.iter().for_each(|p| words.extend(["-p", p]));
+        add(name.into(), 300, Work::Cargo(words));
+    }
+    for package in ["havmsi-abi", "havmsi-core", "havmsi-proto", "xtask"] {
+        add(format!("unit/{package}"), 600, Work::Cargo(vec!["test", "-q", "-p", package]));
+    }
+    add("size/tcb".into(), 120, Work::Tcb);
+    add("size/series".into(), 30, Work::Series);
+    for what in [
+        "wrong-option",
+        "wrong-value",
+        "unknown-qemu",
+        "old-qemu",
+        "no-qemu",
+        "small-disk",
+        "dead-qemu",
+    ] {
+        add(format!("cli/{what}"), 60, Work::Cli(what));
+    }
+    for cpu in [a57, n1] {
+        for gic in [3, 2] {
+            add(format!("payload/gic{gic}/{}", cpu.name()), 180, Work::Payload(gic, cpu));
+        }
+    }
+    add("linux/no-monitor/el2".into(), 90, Work::NoMonitor(Kind::Control, true));
+    add("linux/no-monitor/el1".into(), 90, Work::NoMonitor(Kind::Bare, false));
+    add("linux/digest/gic3".into(), 240, Work::Digest(3));
+    add("linux/digest/gic2".into(), 240, Work::Digest(2));
+    for (gic, cpu) in [(3, a57), (2, a57), (3, n1), (2, n1)] {
+        add(format!("linux/run/gic{gic}/{}", cpu.name()), 420, Work::Run(gic, cpu));
+    }
+    for (job, more) in
+        [("smp4", "havmsi.vcpus=4"), ("reboot", "havmsi.vcpus=2"), ("hotplug", "havmsi.guests=2")]
+    {
+        for (gic, cpu) in [(3, a57), (2, n1)] {
+            add(
+                format!("linux/{job}/gic{gic}/{}", cpu.name()),
+                240,
+                Work::Job(job, gic, cpu, more),
+            );
+        }
+    }
+    add(
+        "linux/rounds/gic3/cortex-a57".into(),
+        600,
+        Work::Job("rounds", 3, a57, "havmsi.rounds=20 havmsi.guests=1 havmsi.timeout=560"),
+    );
+    add("linux/boot/gic3/max".into(), 240, Work::Job("boot", 3, Cpu::Max, "havmsi.guests=2"));
+    rows
+}
+
+/// Builds what the rows need.
+pub fn prepare(ctx: &Ctx) -> Result<()> {
+    setup::ensure(ctx, setup::ALL)?;
+    image::all(ctx)?;
+    build::monitor(ctx)?;
+    build::payload(ctx)?;
+    Ok(())
+}
+
+/// Does a row's work.
+pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
+    fs::create_dir_all(&ctx.log_dir)?;
+    match &row.work {
+        Work::Cargo(words) => {
+            let mut command =
+                Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+            command.current_dir(&ctx.root).args(words);
+            let log = ctx.log("cargo.log");
+            sh::run_limited(&mut command, &log, row.limit)?;
+            Ok(Ended::ok(test_count(&fs::read_to_string(&log)?)))
+        }
+        Work::Payload(gic, cpu) => payload(ctx, *gic, *cpu, row.limit),
+        Work::Run(gic, cpu) => {
+            let report =
+                run::execute(ctx, &run::Args { gic: *gic, cpu: *cpu, ..run::Args::default() })?;
+            if !report.problems.is_empty() {
+                bail!("{}", report.problems.join("\n"));
+            }
+            Ok(Ended::ok(format!(
+                "{} checks exposed on plain KVM and protected here",
+                report.checks.len()
+            )))
+        }
+        Work::Job(job, gic, cpu, more) => {
+            let args = run::Args {
+                gic: *gic,
+                cpu: *cpu,
+                no_control: true,
+                job: (*job).to_owned(),
+                append: (*more).to_owned(),
+                ..run::Args::default()
+            };
+            let config = run::configure(ctx, &args, Kind::Havmsi)?;
+            let outcome = job::run(&config, &ctx.log_dir, limits(row.limit), |_| ())?;
+            if outcome.start("monitor").and_then(Value::as_bool) != Some(true) {
+                bail!(
+                    "the host says that it runs without the monitor; see {}",
+                    ctx.log_dir.display()
+                );
+            }
+            match outcome.done {
+                Some((true, text)) => Ok(Ended::ok(text)),
+                Some((false, text)) => bail!("{text}"),
+                None => bail!("the job did not end"),
+            }
+        }
+        Work::NoMonitor(kind, kvm) => no_monitor(ctx, *kind, *kvm, row.limit),
+        Work::Digest(gic) => digests(ctx, *gic, row.limit),
+        Work::Tcb => {
+            let lines = tcb::count(ctx)?.own_lines;
+            if lines >= TCB_LIMIT {
+                bail!("{lines} lines of our own at EL3; the limit is {TCB_LIMIT}");
+            }
+            Ok(Ended::ok(format!("{lines} lines of our own at EL3")))
+        }
+        Work::Series => {
+            let stat = kernel::stat(ctx)?;
+            let touched = stat.added + stat.removed;
+            if touched == 0 || touched >= SERIES_LIMIT {
+                bail!(
+                    "the series touches {touched} lines of existing files; it should be 1 to {SERIES_LIMIT}"
+                );
+            }
+            Ok(Ended::ok(format!("{touched} touched lines, {} new ones", stat.new_lines)))
+        }
+        Work::Cli(what) => crate::cli_rows::work(ctx, what, row.limit),
+    }
+}
+
+fn limits(total: Duration) -> Limits {
+    Limits { total, silence: secs(120).min(total) }
+}
+
+/// Sums up what `cargo test` printed.
+fn test_count(log: &str) -> String {
+    let passed: u64 = log
+        .lines()
+        .filter_map(|l| l.strip_prefix("test result: ok. ")?.split(' ').next()?.parse::<u64>().ok())
+        .sum();
+    if passed == 0 { String::new() } else { format!("{passed} unit tests") }
+}
+
+fn payload(ctx: &Ctx, gic: u32, cpu: Cpu, limit: Duration) -> Result<Ended> {
+    let Some(image) = build::payload(ctx)? else {
+        return Ok(Ended::Skip("there is no payload/ in this tree".to_owned()));
+    };
+    let config = Config {
+        kind: Kind::Havmsi,
+        cpus: 4,
+        mem_mib: 1024,
+        gic,
+        cpu: cpu.name().to_owned(),
+        kernel: image,
+        initrd: None,
+        append: String::new(),
+        monitor: Some(build::monitor(ctx)?.image),
+        extra: vec![],
+    };
+    let mut machine = Machine::start(&config, &ctx.log_dir)?;
+    let mut gave = Gave::default();
+    let mut done = None;
+    let start = std::time::Instant::now();
+    let mut last = "the payload's first test".to_owned();
+    loop {
+        if start.elapsed() > limit {
+            return Err(machine.report(&format!(
+                "time-out: {} s are over, waiting for what comes after {last}",
+                limit.as_secs()
+            )));
+        }
+        match machine.next(secs(1))? {
+            Event::Silence => {
+                if let Some(line) = crate::machine::epitaph(&machine.monitor_log()) {
+                    return Err(
+                        machine.report(&format!("the monitor stopped after {last}: {line}"))
+                    );
+                }
+            }
+            Event::End(_) => break,
+            Event::Line(line) => payload_line(&line, &mut gave, &mut done, &mut last)?,
+        }
+    }
+    let Some((passed, failed)) = done else {
+        return Err(
+            machine.report(&format!("the machine ended after {last}, before the payload was done"))
+        );
+    };
+    if gave.tests.is_empty() {
+        bail!("the payload ran no test");
+    }
+    let failures =
+        gave.tests.iter().filter(|t| matches!(t.verdict, Verdict::Failed(_))).count() as u64;
+    if passed + failed != gave.tests.len() as u64 || failed != failures {
+        bail!(
+            "lines were lost: the payload counts {passed} + {failed}, {} arrived",
+            gave.tests.len()
+        );
+    }
+    Ok(Ended::Gave(gave))
+}
+
+fn payload_line(
+    line: &str,
+    gave: &mut Gave,
+    done: &mut Option<(u64, u64)>,
+    last: &mut String,
+) -> Result<()> {
+    let Some((word, json)) = line.strip_prefix('@').and_then(|l| l.split_once(' ')) else {
+        return Ok(());
+    };
+    let event: Value =
+        serde_json::from_str(json).with_context(|| format!("a broken line: {line}"))?;
+    let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+    match word {
+        "test" => {
+            *last = text("name");
+            let verdict = if event["result"] == "ok" {
+                Verdict::Passed
+            } else {
+                Verdict::Failed(text("detail"))
+            };
+            gave.tests.push(Test { name: text("name"), verdict });
+        }
+        "skip" => gave.not_here.push(text("name")),
+        "panic" => gave
+            .tests
+            .push(Test { name: format!("after {last}"), verdict: Verdict::Failed(text("detail")) }),
+        "done" => {
+            *done =
+                Some((event["passed"].as_u64().unwrap_or(0), event["failed"].as_u64().unwrap_or(0)))
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The kernel asks for the monitor where there is none: it must say so and live.
+fn no_monitor(ctx: &Ctx, kind: Kind, kvm: bool, limit: Duration) -> Result<Ended> {
+    let args = run::Args { job: "nokvm".to_owned(), control: true, ..run::Args::default() };
+    let mut config = run::configure(ctx, &args, kind)?;
+    config.append = config.append.replace("kvm-arm.mode=nvhe", "kvm-arm.mode=havmsi");
+    let outcome = job::run(&config, &ctx.log_dir, limits(limit), |_| ())?;
+    let found = outcome.start("kvm").and_then(Value::as_bool);
+    if found != Some(kvm) {
+        bail!("/dev/kvm: {found:?}, expected {kvm}; see {}", ctx.log_dir.display());
+    }
+    let console = fs::read_to_string(ctx.log("console.log"))?;
+    let said =
+        console.lines().find(|l| l.contains("HA-VMSI") || l.contains("havmsi:")).map(str::to_owned);
+    match outcome.done {
+        Some((true, _)) => Ok(Ended::ok(said.unwrap_or_default().trim().to_owned())),
+        _ => bail!("the host did not come through; see {}", ctx.log_dir.display()),
+    }
+}
+
+/// The digest, computed twice, and what the monitor measured, of two guests and of two boots.
+fn digests(ctx: &Ctx, gic: u32, limit: Duration) -> Result<Ended> {
+    let guest = digest::Args::guest(2, gic);
+    let computed = [digest::compute(ctx, &guest)?, digest::compute(ctx, &guest)?];
+    if computed[0] != computed[1] {
+        bail!("computed twice: {} and {}", computed[0], computed[1]);
+    }
+    for boot in 1..=2 {
+        let args =
+            run::Args { gic, no_control: true, job: "boot".to_owned(), ..run::Args::default() };
+        let config = run::configure(ctx, &args, Kind::Havmsi)?;
+        let outcome =
+            job::run(&config, &ctx.log_dir.join(format!("boot{boot}")), limits(limit), |_| ())?;
+        let launches = outcome.launches();
+        if launches.len() < 2 {
+            bail!("boot {boot}: the monitor reported {} launches, expected 2", launches.len());
+        }
+        for (vm, measured) in launches {
+            if measured != computed[0] {
+                bail!(
+                    "boot {boot}: the monitor measured {measured} for VM {vm:#x}, computed was {}",
+                    computed[0]
+                );
+            }
+        }
+    }
+    Ok(Ended::ok(format!("{}…", computed[0].chars().take(16).collect::<String>())))
+}
+
+/// True if a folder has no entry of a kind.
+pub fn no_entries(dir: &Path) -> bool {
+    fs::read_dir(dir).map_or(true, |mut d| d.next().is_none())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn payload_lines_are_counted() {
+        let (mut gave, mut done, mut last) = (Gave::default(), None, String::new());
+        for line in [
+            r#"@test {"name":"abi::version","result":"ok","detail":""}"#,
+            r#"@test {"name":"abi::x","result":"fail","detail":"line 3: no"}"#,
+            r#"@skip {"name":"gic::v2"}"#,
+            r#"@done {"passed":1,"failed":1}"#,
+            "noise",
+        ] {
+            payload_line(line, &mut gave, &mut done, &mut last).unwrap();
+        }
+        assert_eq!((gave.tests.len(), gave.not_here.len(), done), (2, 1, Some((1, 1))));
+        assert!(payload_line("@test {", &mut gave, &mut done, &mut last).is_err());
+    }
+
+    #[test]
+    fn unit_tests_are_summed() {
+        assert_eq!(
+            test_count("test result: ok. 3 passed; 0 failed\ntest result: ok. 4 passed;\n"),
+            "7 unit tests"
+        );
+    }
+}
