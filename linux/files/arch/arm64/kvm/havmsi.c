@@ -8,8 +8,6 @@
  * Nothing in here is trusted by the monitor or by a guest. What this code gets
  * wrong costs availability, nothing else.
  */
-#define pr_fmt(fmt) "havmsi: " fmt
-
 #include <linux/delay.h>
 #include <linux/kvm_host.h>
 #include <linux/of_fdt.h>
@@ -141,23 +139,23 @@ bool __init havmsi_probe(void)
 	long status;
 
 	if (is_kernel_in_hyp_mode() || __boot_cpu_mode[1] == BOOT_CPU_MODE_EL2) {
-		pr_err("the kernel was started at EL2, so no HA-VMSI monitor holds it; ignoring kvm-arm.mode=havmsi\n");
+		pr_err("havmsi: the kernel was started at EL2, so no HA-VMSI monitor holds it; ignoring kvm-arm.mode=havmsi\n");
 		return false;
 	}
 	if (!monitor_answers()) {
-		pr_err("no HA-VMSI monitor at EL3 answers; ignoring kvm-arm.mode=havmsi\n");
+		pr_err("havmsi: no HA-VMSI monitor at EL3 answers; ignoring kvm-arm.mode=havmsi\n");
 		return false;
 	}
 	status = havmsi_call(HAVMSI_FN_VERSION, 0, 0, 0, 0, &res);
 	if (status || res.a1 >> 16 != HAVMSI_VERSION_MAJOR) {
-		pr_err("the monitor speaks version %lu.%lu of its interface, this kernel %u.%u; ignoring kvm-arm.mode=havmsi\n",
+		pr_err("havmsi: the monitor speaks version %lu.%lu of its interface, this kernel %u.%u; ignoring kvm-arm.mode=havmsi\n",
 		       res.a1 >> 16, res.a1 & 0xffff,
 		       HAVMSI_VERSION_MAJOR, HAVMSI_VERSION_MINOR);
 		return false;
 	}
 	status = havmsi_call(HAVMSI_FN_CPU_INFO, 0, 0, 0, 0, &res);
 	if (status) {
-		pr_err("the monitor's CPU_INFO failed (%ld); ignoring kvm-arm.mode=havmsi\n",
+		pr_err("havmsi: the monitor's CPU_INFO failed (%ld); ignoring kvm-arm.mode=havmsi\n",
 		       status);
 		return false;
 	}
@@ -170,7 +168,7 @@ bool __init havmsi_probe(void)
 static int __init havmsi_hint(void)
 {
 	if (!havmsi_present && kvm_get_mode() != KVM_MODE_NONE && monitor_answers())
-		pr_info("a HA-VMSI monitor is below this kernel: boot with kvm-arm.mode=havmsi to use KVM\n");
+		pr_info("havmsi: a HA-VMSI monitor is below this kernel: boot with kvm-arm.mode=havmsi to use KVM\n");
 	return 0;
 }
 late_initcall(havmsi_hint);
@@ -202,7 +200,7 @@ static void havmsi_shutdown(void)
 	on_each_cpu(kick, NULL, 1);
 	status = host_reset();
 	if (status)
-		pr_err("HOST_RESET failed (%ld)\n", status);
+		pr_err("havmsi: HOST_RESET failed (%ld)\n", status);
 }
 
 static struct syscore_ops havmsi_syscore_ops = {
@@ -214,7 +212,7 @@ int __init havmsi_init(void)
 	long status = host_reset();
 
 	if (status) {
-		pr_err("HOST_RESET failed (%ld)\n", status);
+		pr_err("havmsi: HOST_RESET failed (%ld)\n", status);
 		return -EIO;
 	}
 	register_syscore_ops(&havmsi_syscore_ops);

@@ -4,8 +4,6 @@
  * it gets what an exit exposes, as if that were in x0 to x3, and what the
  * handlers leave there goes back, as far as that exit allows an answer.
  */
-#define pr_fmt(fmt) "havmsi: " fmt
-
 #include <linux/kvm_host.h>
 
 #include <kvm/arm_vgic.h>
@@ -113,7 +111,7 @@ static int take_exit(struct kvm_vcpu *vcpu, struct havmsi_vcpu *hvcpu)
 	case HAVMSI_EXIT_IRQ:
 		return ARM_EXCEPTION_IRQ;
 	case HAVMSI_EXIT_SERROR:
-		pr_warn_ratelimited("SError interrupt in a guest\n");
+		pr_warn_ratelimited("havmsi: SError interrupt in a guest\n");
 		return ARM_EXCEPTION_IRQ;
 	case HAVMSI_EXIT_MMIO_WRITE:
 	case HAVMSI_EXIT_SYSREG_WRITE:
@@ -181,7 +179,7 @@ int havmsi_vcpu_enter_exit(struct kvm_vcpu *vcpu)
 			return ARM_EXCEPTION_IRQ;
 		fallthrough;
 	default:
-		pr_err_ratelimited("VM %llu vCPU %d: VCPU_RUN failed (%ld) after exit class %llu with flags %#llx\n",
+		pr_err_ratelimited("havmsi: VM %llu vCPU %d: VCPU_RUN failed (%ld) after exit class %llu with flags %#llx\n",
 				   hvcpu->handle & 0xffff, vcpu->vcpu_id, status,
 				   hvcpu->exit_class, hvcpu->run->entry.flags);
 		return ARM_EXCEPTION_IL;

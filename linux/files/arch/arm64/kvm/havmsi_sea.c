@@ -10,8 +10,6 @@
  * io_uring buffers: plain memcpy()) the store is dropped, and the system call's
  * result is replaced on its way out.
  */
-#define pr_fmt(fmt) "havmsi: " fmt
-
 #include <linux/bitfield.h>
 #include <linux/extable.h>
 #include <linux/ptrace.h>
@@ -106,7 +104,7 @@ bool havmsi_handle_sea(unsigned long far, unsigned long esr,
 	struct callback_head *work;
 
 	if (user_mode(regs)) {
-		pr_warn_ratelimited("%s[%d] accessed memory that belongs to a protected VM or the monitor\n",
+		pr_warn_ratelimited("havmsi: %s[%d] accessed memory that belongs to a protected VM or the monitor\n",
 				    current->comm, task_pid_nr(current));
 		arm64_force_sig_fault(SIGBUS, BUS_OBJERR,
 				      esr & ESR_ELx_FnV ? 0 : untagged_addr(far),
@@ -116,14 +114,14 @@ bool havmsi_handle_sea(unsigned long far, unsigned long esr,
 	if (ESR_ELx_EC(esr) != ESR_ELx_EC_DABT_CUR)
 		return false;
 	if (fixup_exception(regs)) {
-		pr_warn_ratelimited("%s[%d]: a system call's access to memory of a protected VM was refused\n",
+		pr_warn_ratelimited("havmsi: %s[%d]: a system call's access to memory of a protected VM was refused\n",
 				    current->comm, task_pid_nr(current));
 		return true;
 	}
 	if (!drop_store(regs))
 		return false;
 
-	pr_warn_ratelimited("%s[%d]: %pS: a write to memory of a protected VM was dropped\n",
+	pr_warn_ratelimited("havmsi: %s[%d]: %pS: a write to memory of a protected VM was dropped\n",
 			    current->comm, task_pid_nr(current),
 			    (void *)instruction_pointer(regs));
 	if (in_task() && !(current->flags & (PF_KTHREAD | PF_USER_WORKER))) {
