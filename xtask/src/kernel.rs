@@ -146,8 +146,23 @@ fn configure(ctx: &Ctx, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds the kernel if it is not in the cache.
+/// Builds the kernel if it is not in the cache. `$HAVMSI_KERNEL_DIR` names a kernel that is
+/// built already (for work on the series).
 pub fn build(ctx: &Ctx) -> Result<Kernel> {
+    if let Some(dir) = std::env::var_os("HAVMSI_KERNEL_DIR") {
+        let kernel = Kernel { dir: PathBuf::from(dir) };
+        ui::say(&format!(
+            "HAVMSI_KERNEL_DIR is set: {} is used as it is",
+            kernel.image().display()
+        ));
+        if !kernel.image().is_file() {
+            bail!(
+                "{} is not there: build it, or unset HAVMSI_KERNEL_DIR",
+                kernel.image().display()
+            );
+        }
+        return Ok(kernel);
+    }
     setup::ensure(ctx, &[Need::Kernel])?;
     let source = source(ctx)?;
     let mut key = Key::new("kernel 3")
@@ -212,11 +227,9 @@ pub fn attacker(ctx: &Ctx, kernel: &Kernel) -> Result<Option<PathBuf>> {
     if !source.join("Makefile").is_file() && !source.join("Kbuild").is_file() {
         return Ok(None);
     }
-    let key = Key::new("module 2")
-        .value(
-            "kernel",
-            &kernel.dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
-        )
+    let key = Key::new("module 3")
+        .value("place", &kernel.dir.display().to_string())
+        .file(&ctx.cache, "image", &kernel.image())?
         .tree(&ctx.cache, &source)?;
     let place = ctx.cache.entry("module", &key, |dir| {
         let step = ui::Step::new("attacker module: compile", None);

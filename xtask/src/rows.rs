@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::job::{self, Limits};
 use crate::machine::{Config, Event, Kind, Machine};
 use crate::run::{self, Cpu};
-use crate::setup::{self, TARGETS};
+use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{Ctx, build, digest, image, kernel, sh, tcb};
 
@@ -143,12 +143,24 @@ pub fn table() -> Vec<Row> {
     rows
 }
 
-/// Builds what the rows need.
-pub fn prepare(ctx: &Ctx) -> Result<()> {
-    setup::ensure(ctx, setup::ALL)?;
-    image::all(ctx)?;
-    build::monitor(ctx)?;
-    build::payload(ctx)?;
+/// Builds what the chosen rows need, so that no row's time-out pays for it.
+pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
+    let any = |kind: fn(&Work) -> bool| rows.iter().any(|r| kind(&r.work));
+    if any(|w| matches!(w, Work::Payload(..))) {
+        setup::ensure(ctx, &[Need::Qemu, Need::Targets, Need::Binutils])?;
+        build::monitor(ctx)?;
+        build::payload(ctx)?;
+    }
+    if any(|w| {
+        matches!(
+            w,
+            Work::Run(..) | Work::Job(..) | Work::NoMonitor(..) | Work::Digest(_) | Work::Cli(_)
+        )
+    }) {
+        setup::ensure(ctx, setup::ALL)?;
+        image::all(ctx)?;
+        build::monitor(ctx)?;
+    }
     Ok(())
 }
 

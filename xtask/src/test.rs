@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args as ClapArgs;
 use serde::Serialize;
 
-use crate::rows::{self, Row, Work};
+use crate::rows::{self, Row};
 use crate::{Ctx, sh};
 
 /// Options of `test`.
@@ -190,10 +190,7 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
         return Ok(());
     }
     let start = Instant::now();
-    // What every row needs is built first, so that no row's time-out pays for it.
-    if chosen.iter().any(|r| !matches!(r.work, Work::Cargo(_))) {
-        rows::prepare(ctx)?;
-    }
+    rows::prepare(ctx, &chosen)?;
     let mut totals = Totals::default();
     let mut payload = BTreeMap::new();
     for row in chosen {
