@@ -9,6 +9,7 @@
 
 pub mod barrier;
 pub mod cache;
+pub mod css;
 pub mod debug;
 pub mod fpsimd;
 pub mod fw_cfg;

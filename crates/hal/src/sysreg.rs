@@ -171,6 +171,7 @@ lower_level! {
 }
 
 el3! {
+    l2ctlr_el1 = "s3_1_c11_c0_2";
     scr_el3 = "scr_el3";
     sctlr_el3 = "sctlr_el3";
     tpidr_el3 = "tpidr_el3";
