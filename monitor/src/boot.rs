@@ -6,7 +6,7 @@ use core::arch::global_asm;
 use core::ptr;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use havmsi_abi::layout;
+use havmsi_abi::{PAGE_SIZE, layout};
 use havmsi_hal::sysreg::scr_el3;
 use havmsi_hal::{barrier, cache, phys};
 
@@ -26,6 +26,7 @@ global_asm!(
     include_str!("entry.S"),
     affinities = sym AFFINITIES,
     max_cpus = const MAX_CPUS,
+    pen = const platform::PEN as usize,
     pen_shift = const PEN_SHIFT,
     pen_waiting = const PEN_WAITING,
     pen_go = const PEN_GO,
@@ -33,7 +34,7 @@ global_asm!(
     per_cpu = sym PER_CPU,
     per_cpu_size = const size_of::<PerCpu>(),
     per_cpu_stack = const cpu::STACK_OFFSET,
-    build_tables = sym mmu::build_tables,
+    early = sym early,
     root = sym mmu::ROOT,
     start = sym start,
 );
@@ -51,6 +52,14 @@ global_asm!(
 unsafe extern "C" {
     static PENS: [[AtomicU64; 1 << (PEN_SHIFT - 3)]; MAX_CPUS];
     fn resume_current() -> !;
+}
+
+/// Called by entry.S on each CPU, with the MMU off.
+extern "C" fn early(number: usize) {
+    platform::early(number);
+    if number == 0 {
+        mmu::build_tables();
+    }
 }
 
 /// Called by entry.S on each CPU, with MMU and caches on.
@@ -71,8 +80,8 @@ fn first() -> ! {
     unsafe { phys::set_ram(&facts.ram) };
     let gic = platform::gic();
     gic.init_distributor();
-    gic.init_cpu();
-    let size: u64 = facts.ram.banks().iter().map(|bank| bank.size).sum();
+    gic.init_cpu(0);
+    let size = facts.ram.page_count() * PAGE_SIZE;
     crate::log!(
         "version {}, {} MiB of RAM, {} CPUs, GICv{}, {}",
         env!("CARGO_PKG_VERSION"),
@@ -88,16 +97,17 @@ fn first() -> ! {
     psci::init(facts.cpus);
     for cpu in 1..facts.cpus {
         let_in(cpu);
+        platform::power_on(cpu, mmu::image_start());
     }
-    let base = facts.ram.banks()[0];
-    let kernel = layout::host_kernel(base.base, base.size);
-    host::enter(kernel, layout::host_dtb(base.base, base.size));
+    let base = facts.ram.banks()[0].base;
+    host::enter(layout::host_kernel(base, size), layout::host_dtb(base, size));
     resume()
 }
 
 fn other() -> ! {
-    host::world().gic.init_cpu();
-    psci::sleep(this_cpu().number());
+    let number = this_cpu().number();
+    host::world().gic.init_cpu(number);
+    psci::sleep(number);
     resume()
 }
 
@@ -110,6 +120,9 @@ fn resume() -> ! {
 /// Opens the pen of a CPU that was there at reset. It reads the word with its
 /// caches off. No effect once it is in.
 pub fn let_in(cpu: usize) {
+    if !platform::PEN {
+        return;
+    }
     // SAFETY: `PENS` lies in secure RAM, mapped like .data; entry.S makes one
     // element for each CPU, and accesses are atomic.
     let pens = unsafe { &PENS };

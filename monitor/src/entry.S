@@ -92,8 +92,9 @@ park:
 
     // The others say that they are here and wait until Rust lets them in. The
     // word is written by this CPU in this life, so what it holds afterwards is
-    // no left-over.
+    // no left-over. Where Rust turns them on, it is ready for them.
 secondary:
+    .if     {pen}
     ldr     x0, =PENS
     add     x0, x0, x19, lsl #{pen_shift}
     mov     x1, #{pen_waiting}
@@ -103,6 +104,7 @@ secondary:
     ldr     x1, [x0]
     cmp     x1, #{pen_go}
     b.ne    9b
+    .endif
     isb
     ldr     x0, =home
     br      x0
@@ -122,11 +124,10 @@ home:
     mov     x2, #{per_cpu_size}
     madd    x1, x2, x19, x1
     msr     tpidr_el3, x1
-    str     x0, [x1, #{per_cpu_stack}]
-    cbnz    x19, 1f
-    bl      {build_tables}
+    mov     x0, x19
+    bl      {early}
     dsb     sy
-1:  ldr     x0, =0xff0400               // MAIR: 0 nGnRnE, 1 nGnRE, 2 normal write-back
+    ldr     x0, =0xff0400               // MAIR: 0 nGnRnE, 1 nGnRE, 2 normal write-back
     msr     mair_el3, x0
     // TCR_EL3: RES1, T0SZ 25, 4 KiB, walks write-back inner shareable; the
     // output size is the CPU's, at most 48 bits (D24.2.187).
@@ -148,6 +149,10 @@ home:
     ldr     x0, =0x30cd183d
     msr     sctlr_el3, x0
     isb
+    // Only now: a store past the caches could be hidden by another CPU's line.
+    mrs     x1, tpidr_el3
+    mov     x0, sp
+    str     x0, [x1, #{per_cpu_stack}]
     mov     x0, x19
     bl      {start}
     b       park

@@ -73,7 +73,7 @@ const SMC: u64 = 0xd400_0003;
 /// Builds the carve-out, the ownership records and the host's map.
 pub fn build(facts: Facts, gic: Gic) {
     let first = facts.ram.banks()[0];
-    let reserved = carveout_size(first.size);
+    let reserved = carveout_size(facts.ram.page_count() * PAGE_SIZE);
     for at in (0..reserved).step_by(4096) {
         phys::zero_page(Pa(first.base + at));
     }

@@ -19,7 +19,7 @@ macro_rules! log {
 
 /// Turns the console on.
 pub fn init() {
-    CONSOLE.lock().enable();
+    CONSOLE.lock().enable(platform::UART_DIVISOR);
 }
 
 /// Prints a line.

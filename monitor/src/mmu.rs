@@ -6,13 +6,13 @@
 
 use core::ptr::with_exposed_provenance_mut;
 use core::slice;
-use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 
 use havmsi_core::addr::index;
-use havmsi_core::ram::{Ram, Range};
+use havmsi_core::ram::{MAX_BANKS, Ram, Range};
 use havmsi_hal::tlb;
 
-use crate::platform::{EL3_DEVICES, MAX_CPUS, SECURE_RAM, SECURE_RAM_SIZE};
+use crate::platform::{EL3_DEVICES, MAX_CPUS, SECURE_RAM_SIZE};
 
 const ENTRIES: usize = 512;
 const PAGE: u64 = 4096;
@@ -32,6 +32,10 @@ impl Table {
         self.0[index(slot) % ENTRIES].store(value, Ordering::Relaxed);
     }
 
+    fn get(&self, slot: u64) -> u64 {
+        self.0[index(slot) % ENTRIES].load(Ordering::Relaxed)
+    }
+
     fn descriptor(&self) -> u64 {
         core::ptr::from_ref(self).addr() as u64 | TABLE
     }
@@ -39,14 +43,15 @@ impl Table {
 
 /// Level 1: 512 GiB.
 pub static ROOT: Table = Table::new();
-/// Level 2: the first GiB, with secure RAM and the devices.
-static LOW: Table = Table::new();
+/// Level 2, for the GiBs that are not one block: at most that of secure RAM,
+/// one for each window of devices, two for each bank of RAM.
+static LEVEL2: [Table; 1 + EL3_DEVICES.len() + 2 * MAX_BANKS] =
+    [const { Table::new() }; 1 + EL3_DEVICES.len() + 2 * MAX_BANKS];
+/// Tables of `LEVEL2` that are used.
+static USED: AtomicUsize = AtomicUsize::new(0);
 /// Level 3: the 4 MiB that hold the image (monitor.ld checks).
 static IMAGE: [Table; 2] = [const { Table::new() }; 2];
 const IMAGE_SIZE: u64 = 2 * BLOCK2;
-/// Level 2: the last, partial GiB of each bank of RAM.
-static TAILS: [Table; havmsi_core::ram::MAX_BANKS] =
-    [const { Table::new() }; havmsi_core::ram::MAX_BANKS];
 
 const TABLE: u64 = 3;
 const LEVEL3_PAGE: u64 = 3;
@@ -76,25 +81,30 @@ fn address(symbol: *const u8) -> u64 {
     symbol.addr() as u64
 }
 
+/// First byte of secure RAM, and of the image: its entry.
+pub fn image_start() -> u64 {
+    address(&raw const __image_start)
+}
+
 /// First byte of secure RAM behind the image.
 pub fn image_end() -> u64 {
     address(&raw const __image_end)
 }
 
 /// Makes the tables of the image, the rest of secure RAM and the devices.
-/// Called by entry.S on the first CPU, with the MMU off.
-pub extern "C" fn build_tables() {
-    let start = address(&raw const __image_start);
+/// By the first CPU, with the MMU off.
+pub fn build_tables() {
+    let start = image_start();
     let text = address(&raw const __text_end);
     let rodata = address(&raw const __rodata_end);
     let data = address(&raw const __data_end);
     let end = image_end();
 
-    ROOT.set(SECURE_RAM / BLOCK1, LOW.descriptor());
+    let level2 = level2(start);
     let mut at = start;
     while at < start + IMAGE_SIZE {
         let Some(table) = IMAGE.get(index((at - start) / BLOCK2)) else { break };
-        LOW.set(at / BLOCK2, table.descriptor());
+        level2.set(at / BLOCK2, table.descriptor());
         let attributes = if at < text {
             READ_ONLY
         } else if at < rodata {
@@ -109,38 +119,46 @@ pub extern "C" fn build_tables() {
         }
         at += PAGE;
     }
-    let rest = Range { base: SECURE_RAM + IMAGE_SIZE, size: SECURE_RAM_SIZE - IMAGE_SIZE };
-    map_low(rest, XN | NORMAL);
+    map(Range { base: start + IMAGE_SIZE, size: SECURE_RAM_SIZE - IMAGE_SIZE }, XN | NORMAL);
     for window in EL3_DEVICES {
-        map_low(window, DEVICE);
+        map(window, DEVICE);
     }
 }
 
-fn map_low(range: Range, attributes: u64) {
+/// The level 2 table around `at`. Plain stores, as in `Table::set`.
+fn level2(at: u64) -> &'static Table {
+    let entry = ROOT.get(at / BLOCK1);
+    if let Some(table) = LEVEL2.iter().find(|table| table.descriptor() == entry) {
+        return table;
+    }
+    let used = USED.load(Ordering::Relaxed);
+    USED.store(used + 1, Ordering::Relaxed);
+    let table = &LEVEL2[used];
+    ROOT.set(at / BLOCK1, table.descriptor());
+    table
+}
+
+/// Maps whole blocks. Entries go from invalid to valid, so no TLB holds
+/// anything of them.
+fn map(range: Range, attributes: u64) {
     let mut at = range.base;
-    while at < range.base + range.size {
-        LOW.set(at / BLOCK2, at | attributes | BLOCK);
-        at += BLOCK2;
+    let end = range.base + range.size;
+    while at < end {
+        let entry = at | attributes | BLOCK;
+        if at.is_multiple_of(BLOCK1) && end - at >= BLOCK1 {
+            ROOT.set(at / BLOCK1, entry);
+            at += BLOCK1;
+        } else {
+            level2(at).set(at / BLOCK2, entry);
+            at += BLOCK2;
+        }
     }
 }
 
-/// Maps the normal world's RAM. Entries go from invalid to valid, so no TLB
-/// holds anything of them.
+/// Maps the normal world's RAM.
 pub fn map_ram(ram: &Ram) {
-    for (bank, tail) in ram.banks().iter().zip(&TAILS) {
-        let mut at = bank.base;
-        let end = bank.base + bank.size;
-        while at < end {
-            let attributes = XN | NON_SECURE | NORMAL | BLOCK;
-            if at.is_multiple_of(BLOCK1) && end - at >= BLOCK1 {
-                ROOT.set(at / BLOCK1, at | attributes);
-                at += BLOCK1;
-            } else {
-                ROOT.set(at / BLOCK1, tail.descriptor());
-                tail.set(at / BLOCK2, at | attributes);
-                at += BLOCK2;
-            }
-        }
+    for bank in ram.banks() {
+        map(*bank, XN | NON_SECURE | NORMAL);
     }
     tlb::publish_el3_entries();
 }
@@ -149,7 +167,7 @@ pub fn map_ram(ram: &Ram) {
 /// be called once; empty if there is not enough.
 pub fn claim_records(count: u64) -> &'static [AtomicU16] {
     static CLAIMED: AtomicBool = AtomicBool::new(false);
-    let free = SECURE_RAM + SECURE_RAM_SIZE - image_end();
+    let free = image_start() + SECURE_RAM_SIZE - image_end();
     if count > free / size_of::<AtomicU16>() as u64 || CLAIMED.swap(true, Ordering::Relaxed) {
         return &[];
     }

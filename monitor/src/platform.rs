@@ -2,8 +2,20 @@
 //! What the monitor must know of the board it is built for. Constants, and
 //! what only the board can tell at boot.
 
+#[cfg(any(
+    all(feature = "board-juno", feature = "board-qemu"),
+    not(any(feature = "board-juno", feature = "board-qemu"))
+))]
+compile_error!("one board, as in --no-default-features --features board-juno");
+
+#[cfg(feature = "board-juno")]
+mod juno;
+#[cfg(feature = "board-qemu")]
 mod qemu;
 
+#[cfg(feature = "board-juno")]
+pub use juno::*;
+#[cfg(feature = "board-qemu")]
 pub use qemu::*;
 
 use havmsi_core::ram::Ram;
@@ -17,6 +29,12 @@ pub struct Facts {
     pub cpus: usize,
     /// Entropy that the host can't know.
     pub seed: Option<[u8; 32]>,
+}
+
+/// Whether a VM may have the page at `pa`: the GICv2 virtual CPU interface, 8 KiB.
+#[must_use]
+pub const fn is_virtual_cpu_interface(pa: u64, gic_version: u64) -> bool {
+    gic_version == 2 && (pa == GICV || pa == GICV + 0x1000)
 }
 
 /// The number of the CPU with this affinity.

@@ -96,7 +96,7 @@ pub fn sleep(cpu: usize) -> u64 {
     gic.mute_cpu();
     loop {
         if let Some((entry, context)) = with_power(|power| power.take(cpu)) {
-            gic.init_cpu();
+            gic.init_cpu(cpu);
             host::enter(entry, context);
             return context;
         }

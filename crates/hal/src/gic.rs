@@ -6,6 +6,8 @@
 //! world. The host enables, routes and prioritises its own through the
 //! non-secure view of the same registers.
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
 use crate::barrier;
 use crate::mmio::Registers;
 use crate::sysreg::{
@@ -19,6 +21,7 @@ const SGI: u32 = 15;
 const GICD_CTLR: usize = 0;
 const GICD_TYPER: usize = 4;
 const GICD_IGROUPR: usize = 0x80;
+const GICD_ITARGETSR: usize = 0x800;
 const GICD_SGIR: usize = 0xf00;
 const GICD_IGRPMODR: usize = 0xd00;
 const GICD_ISENABLER: usize = 0x100;
@@ -60,6 +63,9 @@ const GICC_CTLR_GRP1: u32 = 1 << 1;
 
 /// ICC_SRE_ELx: system registers on, bypass off, lower levels may see them.
 const SRE_ALL: u64 = 0xf;
+
+/// GICv2: the bit of each CPU's interface, by CPU number, once it was here.
+static INTERFACES: [AtomicU32; 8] = [const { AtomicU32::new(0) }; 8];
 
 /// The interrupt controller of the machine.
 #[derive(Clone, Copy)]
@@ -150,11 +156,15 @@ impl Gic {
 
     /// Sets this CPU's share up, as far as the host can't (its view of
     /// GICR_WAKER and the groups is read-as-zero): on each way into the
-    /// monitor from power-off. `SCR_EL3.NS` must be 1.
-    pub fn init_cpu(&self) {
+    /// monitor from power-off; `cpu` is its number. `SCR_EL3.NS` must be 1.
+    pub fn init_cpu(&self, cpu: usize) {
         match self.kind {
             Kind::V2 { cpu_interface } => {
                 init_private(self.distributor, 0);
+                // Those of the private interrupts hold the reader's own bit; a
+                // single CPU has none, and nobody to send to (4.3.12).
+                let own = self.distributor.read32(GICD_ITARGETSR) & 0xff;
+                INTERFACES[cpu & 7].store(own, Ordering::Release);
                 // Not below 0x80: the host could not change it then (3.4 of IHI 0048B).
                 cpu_interface.write32(GICC_PMR, 0xff);
                 cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST);
@@ -199,14 +209,15 @@ impl Gic {
         }
     }
 
-    /// Sends the monitor's interrupt to the CPU with this `MPIDR_EL1` and, for
-    /// GICv2, this number.
+    /// Sends the monitor's interrupt to the CPU with this `MPIDR_EL1` and this
+    /// number. GICv2: no effect if it was never here.
     pub fn send(&self, mpidr: u64, cpu: usize) {
         barrier::dsb_sy();
         match self.kind {
             Kind::V2 { .. } => {
                 // TargetList [23:16]; NSATT = 0: group 0 (4.3.15 of IHI 0048B).
-                self.distributor.write32(GICD_SGIR, 1 << (16 + (cpu & 7)) | SGI);
+                let interface = INTERFACES[cpu & 7].load(Ordering::Acquire);
+                self.distributor.write32(GICD_SGIR, interface << 16 | SGI);
             }
             Kind::V3 { .. } => {
                 let affinity = |level: u32| mpidr >> level & 0xff;

@@ -16,12 +16,13 @@ pub const MAX_CPUS: usize = 8;
 /// Affinity of each CPU, by number: up to 8 (GICv2) or 16 in a cluster.
 pub static AFFINITIES: [u64; MAX_CPUS] = [0, 1, 2, 3, 4, 5, 6, 7];
 
-/// First byte of secure RAM.
-pub const SECURE_RAM: u64 = 0x0e00_0000;
-/// Bytes of secure RAM.
+/// All CPUs start at reset, and wait in the pen.
+pub const PEN: bool = true;
+
+/// Bytes of secure RAM; it starts with the image (build.rs).
 pub const SECURE_RAM_SIZE: u64 = 16 << 20;
 /// First byte of the normal world's RAM.
-pub const RAM_BASE: u64 = 0x4000_0000;
+const RAM_BASE: u64 = 0x4000_0000;
 
 /// Windows of devices that EL3 uses, in 2 MiB steps: the interrupt controller
 /// (all of 8 CPUs' redistributors), then UARTs, fw_cfg and GPIO.
@@ -30,7 +31,8 @@ pub const EL3_DEVICES: [Range; 2] =
 
 const DISTRIBUTOR: usize = 0x0800_0000;
 const GICC: usize = 0x0801_0000;
-const GICV: u64 = 0x0804_0000;
+/// The virtual CPU interface of a GICv2.
+pub const GICV: u64 = 0x0804_0000;
 const REDISTRIBUTORS: usize = 0x080a_0000;
 const FW_CFG: usize = 0x0902_0000;
 const SECURE_UART: usize = 0x0904_0000;
@@ -41,6 +43,9 @@ const PIN_RESET: u32 = 1;
 /// nowhere but in the device tree).
 const SEED_FILE: &str = "opt/org.havmsi/seed";
 const RAM_FILE: &str = "opt/org.havmsi/ram-mib";
+
+/// QEMU's UARTs have no line.
+pub const UART_DIVISOR: Option<u32> = None;
 
 /// The monitor's console.
 #[must_use]
@@ -81,6 +86,12 @@ pub fn facts() -> Facts {
     }
 }
 
+/// On each CPU, with the MMU off. Nothing to do.
+pub const fn early(_cpu: usize) {}
+
+/// Turns a CPU on that is off at reset: none is.
+pub const fn power_on(_cpu: usize, _entry: u64) {}
+
 /// Turns the machine off.
 pub fn power_off() {
     raise(PIN_POWER_OFF);
@@ -102,12 +113,6 @@ fn raise(pin: u32) {
 pub fn emulated_redistributor(ipa: u64, cpus: usize) -> Option<usize> {
     let offset = usize::try_from(ipa).ok()?.checked_sub(REDISTRIBUTORS)?;
     (offset < cpus * REDISTRIBUTOR_SIZE && offset % REDISTRIBUTOR_SIZE < 0x1000).then_some(offset)
-}
-
-/// Whether a VM may have the page at `pa`: the GICv2 virtual CPU interface, 8 KiB.
-#[must_use]
-pub const fn is_virtual_cpu_interface(pa: u64, gic_version: u64) -> bool {
-    gic_version == 2 && (pa == GICV || pa == GICV + 0x1000)
 }
 
 /// The devices that the host may use. Nothing here can write memory: no

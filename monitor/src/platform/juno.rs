@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Arm's Juno, r0 to r2: four Cortex-A53, two Cortex-A57 (r2: A72), GIC-400,
+//! 8 GiB. Never run: nobody here has one.
+//!
+//! Addresses are those of the Juno TRM (DDI 0515), of Linux's
+//! `arch/arm64/boot/dts/arm/juno-*.dtsi` and of Trusted Firmware-A's
+//! `plat/arm/board/juno`, whose BL1 and BL2 come first: docs/porting.md.
+
+use havmsi_core::ram::{Ram, Range};
+use havmsi_hal::barrier;
+use havmsi_hal::css::{Cci, Counter, Scp, System, Trng};
+use havmsi_hal::gic::Gic;
+use havmsi_hal::pl011::Uart;
+use havmsi_hal::sysreg::{cntfrq_el0, l2ctlr_el1};
+
+use super::Facts;
+
+/// CPUs.
+pub const MAX_CPUS: usize = 6;
+/// Affinity of each CPU, by number: the A53 first, one of which boots.
+pub static AFFINITIES: [u64; MAX_CPUS] = [0x100, 0x101, 0x102, 0x103, 0x000, 0x001];
+const FIRST_BIG: usize = 4;
+
+/// CPUs are off at reset, and come in when they are turned on.
+pub const PEN: bool = false;
+
+/// Bytes of DRAM that only the secure world's CPUs may use; it starts with the
+/// image (build.rs). The 2 MiB above belong to the control processor.
+pub const SECURE_RAM_SIZE: u64 = 14 << 20;
+
+const MIB2: u64 = 2 << 20;
+/// Windows of devices that EL3 uses, in 2 MiB steps: secure SRAM; system
+/// counter; mailbox; interrupt controller and interconnect; entropy and UARTs.
+pub const EL3_DEVICES: [Range; 5] = [
+    Range { base: 0x0400_0000, size: MIB2 },
+    Range { base: 0x2a40_0000, size: MIB2 },
+    Range { base: 0x2b00_0000, size: MIB2 },
+    Range { base: 0x2c00_0000, size: MIB2 },
+    Range { base: 0x7fe0_0000, size: MIB2 },
+];
+
+const SRAM: usize = 0x0400_0000;
+const COUNTER: usize = 0x2a43_0000;
+const COUNTER_HZ: u64 = 50_000_000;
+const MHU: usize = 0x2b1f_0000;
+const DISTRIBUTOR: usize = 0x2c01_0000;
+const GICC: usize = 0x2c02_f000;
+/// The virtual CPU interface of the GICv2.
+pub const GICV: u64 = 0x2c06_f000;
+const CCI: usize = 0x2c09_0000;
+/// The interconnect's ports of the A53 and of the A57.
+const CCI_PORTS: [usize; 2] = [3, 4];
+const TRNG: usize = 0x7fe6_0000;
+const UART1: usize = 0x7ff7_0000;
+
+/// 7.2738 MHz / (16 * 115200), in 64ths.
+pub const UART_DIVISOR: Option<u32> = Some(253);
+/// L2CTLR_EL1 of the big CPUs: data and tag RAM answer in 3 cycles, which is
+/// slow enough for all revisions (r1 and r2 could have faster tags).
+const L2_LATENCY: u64 = 2 << 6 | 2;
+const L2_LATENCY_MASK: u64 = 7 << 6 | 7;
+
+/// The monitor's console: the UART that BL2 keeps secure.
+#[must_use]
+pub const fn uart() -> Uart {
+    // SAFETY: `EL3_DEVICES` covers it.
+    unsafe { Uart::new(UART1) }
+}
+
+const fn scp() -> Scp {
+    // SAFETY: `EL3_DEVICES` covers both.
+    unsafe { Scp::new(MHU, SRAM) }
+}
+
+/// The interrupt controller.
+#[must_use]
+pub fn gic() -> Gic {
+    // SAFETY: `EL3_DEVICES` covers the GIC-400.
+    unsafe { Gic::v2(DISTRIBUTOR, GICC) }
+}
+
+/// Asks the board.
+#[must_use]
+pub fn facts() -> Facts {
+    // SAFETY: `EL3_DEVICES` covers the entropy source.
+    let seed = unsafe { Trng::new(TRNG) }.seed();
+    Facts {
+        ram: Ram::new([
+            Range { base: 0x8000_0000, size: 0x7f00_0000 },
+            Range { base: 0x8_8000_0000, size: 6 << 30 },
+        ]),
+        cpus: MAX_CPUS,
+        seed,
+    }
+}
+
+/// On each CPU, with the MMU off: what BL31 has to do here.
+pub fn early(cpu: usize) {
+    let big = cpu >= FIRST_BIG;
+    let latency = l2ctlr_el1::read();
+    if big && latency & L2_LATENCY_MASK != L2_LATENCY {
+        // SAFETY: caches are off; it changes how long the L2's RAMs are waited for.
+        unsafe { l2ctlr_el1::write(latency & !L2_LATENCY_MASK | L2_LATENCY) };
+        barrier::isb();
+    }
+    // SAFETY: with the MMU off, everything is device memory.
+    unsafe { Cci::new(CCI) }.join(CCI_PORTS[usize::from(big)]);
+    if cpu == 0 {
+        // SAFETY: as above.
+        unsafe { Counter::new(COUNTER) }.start();
+    }
+    cntfrq_el0::write(COUNTER_HZ);
+}
+
+/// Turns a CPU on that is off at reset; it comes in at `entry`. By the first
+/// CPU, at boot: from then on a CPU that is off for the host waits in the monitor.
+pub fn power_on(cpu: usize, entry: u64) {
+    scp().power_on(AFFINITIES[cpu], entry);
+}
+
+/// Turns the machine off.
+pub fn power_off() {
+    system(System::Off);
+}
+
+/// Resets the machine.
+pub fn reset() {
+    system(System::Reboot);
+}
+
+/// Two CPUs that ask at a time may get one another's wish, no more.
+fn system(state: System) {
+    if scp().system(state) {
+        loop {
+            barrier::wfi();
+        }
+    }
+}
+
+/// There are no redistributors.
+#[must_use]
+pub const fn emulated_redistributor(_ipa: u64, _cpus: usize) -> Option<usize> {
+    None
+}
+
+/// The devices that the host may use. None of them masters a bus: Ethernet and
+/// the card reader are driven by their registers.
+pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = Range> {
+    [
+        Range { base: 0x1800_0000, size: 0x1_0000 }, // Ethernet
+        Range { base: 0x1c05_0000, size: 0x1000 },   // SD card
+        Range { base: 0x1c17_0000, size: 0x1000 },   // clock
+        Range { base: 0x2c01_0000, size: 0x1000 },   // distributor
+        Range { base: 0x2c02_f000, size: 0x2000 },   // GICC
+        Range { base: 0x2c04_f000, size: 0x2000 },   // GICH
+        Range { base: GICV, size: 0x2000 },
+        Range { base: 0x7ff8_0000, size: 0x1000 }, // UART0
+    ]
+    .into_iter()
+}
