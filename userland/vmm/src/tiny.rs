@@ -78,7 +78,7 @@ global_asm!(
     // Phase 3: an exit by whatever interrupts the host.
     "mov w3, #3",
     "str w3, [x1]",
-    "movz x8, #0x1000, lsl #16",
+    "movz x8, #0x0400, lsl #16",
     "2: subs x8, x8, #1",
     "b.ne 2b",
     "bl 5f",
