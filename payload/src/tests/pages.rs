@@ -1,0 +1,425 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Pages change hands.
+
+use havmsi_abi::{Function, MAX_PAGES_PER_CALL};
+
+use crate::guest::{FREE, IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
+use crate::harness::Outcome;
+use crate::memory::{
+    self, PATTERN, RAM_BASE, clear, fill, first_change, is_zero, peek, poke, read, take,
+};
+use crate::smc::{AGAIN, DENIED, INVALID, Refusal, STATE, host, until_done};
+use crate::{ensure, expect, gic, test};
+
+/// Addresses that no call may take for a page of the host's.
+fn not_the_hosts() -> [u64; 18] {
+    let end = RAM_BASE + memory::RAM_SIZE;
+    [
+        0,
+        0x1000,
+        0x0400_0000,
+        0x0800_0000,
+        0x080a_0000,
+        0x0900_0000,
+        0x0902_0000,
+        0x0904_0000,
+        0x0e00_0000,
+        0x0eff_f000,
+        RAM_BASE,
+        RAM_BASE + 0x1000,
+        RAM_BASE + 0x2000,
+        RAM_BASE + (3 << 20),
+        end,
+        end + (1 << 30),
+        1 << 40,
+        !0xfff,
+    ]
+}
+
+fn pool_bad() -> Outcome {
+    let vm = Vm::new(1)?;
+    let page = take(40);
+    let before = host(Function::Stats, &[])?;
+    for (args, why) in [
+        ([page, 0], INVALID),
+        ([page, MAX_PAGES_PER_CALL + 1], INVALID),
+        ([page, u64::MAX], INVALID),
+        ([page, 1 << 52], INVALID),
+        ([page, 1 << 52 | 1], INVALID),
+        ([page + 1, 1], INVALID),
+        ([page + 0x800, 1], INVALID),
+    ] {
+        let result = vm.call(Function::PoolDonate, &args);
+        ensure!(result == Err(why), "{args:x?}: {result:x?}");
+    }
+    for at in not_the_hosts() {
+        for n in [1, 2, 32] {
+            let result = vm.call(Function::PoolDonate, &[at, n]);
+            ensure!(result == Err(DENIED), "{at:#x}, {n}: {result:x?}");
+        }
+    }
+    // The range ends where RAM or the carve-out does, or wraps.
+    let end = RAM_BASE + memory::RAM_SIZE;
+    expect!(vm.call(Function::PoolDonate, &[end - 4096, 2]), Err(DENIED));
+    expect!(vm.call(Function::PoolDonate, &[!0xffff, 32]), Err(DENIED));
+    let mine = RAM_BASE + havmsi_abi::layout::carveout_size(memory::RAM_SIZE);
+    expect!(vm.call(Function::PoolDonate, &[mine - 4096, 2]), Err(DENIED));
+    expect!(host(Function::Stats, &[])?, before);
+    expect!(first_change(page, PATTERN), None);
+    vm.destroy()
+}
+test!(pool_bad, "T05 T20 T26");
+
+/// One page of the range is not to be had: none of it goes.
+fn pool_partly_bad() -> Outcome {
+    let vm = Vm::new(2)?;
+    let pages = take(16);
+    vm.call(Function::VcpuCreate, &[0, pages + 7 * 4096])?;
+    let before = host(Function::Stats, &[])?;
+    for first in [0, 3, 7] {
+        expect!(vm.call(Function::PoolDonate, &[pages + first * 4096, 8]), Err(DENIED));
+        expect!(host(Function::Stats, &[])?, before);
+        for page in 0..16 {
+            let at = pages + page * 4096;
+            ensure!(first_change(at, PATTERN).is_none(), "page {page} was changed");
+            poke(at, PATTERN ^ at)?;
+        }
+    }
+    vm.call(Function::PoolDonate, &[pages, 7])?;
+    vm.call(Function::PoolDonate, &[pages + 8 * 4096, 8])?;
+    expect!(host(Function::Stats, &[])?[3], before[3] + 15);
+    vm.destroy()
+}
+test!(pool_partly_bad, "T05 T26");
+
+/// A page that went into the pool reads as zeros and can't be written; it comes
+/// back wiped.
+fn pool_pages_are_out_of_reach() -> Outcome {
+    let vm = Vm::new(1)?;
+    let pages = take(4);
+    vm.call(Function::PoolDonate, &[pages, 4])?;
+    for at in [pages, pages + 8, pages + 0x3ff8] {
+        expect!(peek(at)?, 0);
+        let fault = poke(at, 1).err();
+        ensure!(fault.is_some_and(|f| f.is_external_abort(at, true)), "write: {fault:x?}");
+    }
+    // Their neighbours are untouched.
+    let neighbour = take(1);
+    expect!(neighbour, pages + 4 * 4096);
+    expect!(first_change(neighbour, PATTERN), None);
+    poke(neighbour, 1)?;
+    // Twice is once too often.
+    expect!(vm.call(Function::PoolDonate, &[pages, 1]), Err(DENIED));
+    expect!(Vm::new(1)?.call(Function::PoolDonate, &[pages, 1]), Err(DENIED));
+    vm.destroy()?;
+    for page in 0..4 {
+        ensure!(is_zero(pages + page * 4096), "page {page} is not wiped");
+        poke(pages + page * 4096, 1)?;
+    }
+    until_done(Function::HostReset, &[], 1000)?;
+    Ok(())
+}
+test!(pool_pages_are_out_of_reach, "T06 T24");
+
+/// The pool is short: the number of pages that miss, and nothing taken.
+fn map_without_tables() -> Outcome {
+    let (vm, _) = Vm::launch(nothing(), [0; 4])?;
+    // The launch used 2 of 8 tables. Spend the rest: each GiB wants two.
+    vm.destroy()?;
+    let vm = Vm::with_gic(1, gic::version())?;
+    vm.call(Function::VmAddRam, &[0, 1 << IPA_BITS])?;
+    vm.vcpu(0)?;
+    vm.call(Function::VcpuSetBoot, &[0, 0])?;
+    let page = take(1);
+    expect!(vm.call(Function::VmPopulate, &[0, page]), Err(Refusal::Wanted(2)));
+    vm.call(Function::PoolDonate, &[take(1), 1])?;
+    expect!(vm.call(Function::VmPopulate, &[0, page]), Err(Refusal::Wanted(1)));
+    expect!(first_change(page, PATTERN), None);
+    vm.call(Function::VmActivate, &[])?;
+    expect!(vm.call(Function::PageMap, &[0, page, 4096]), Err(Refusal::Wanted(1)));
+    vm.call(Function::PoolDonate, &[take(1), 1])?;
+    expect!(first_change(page, PATTERN), None);
+    vm.call(Function::PageMap, &[0, page, 4096])?;
+    // Same level 3 table, same level 2 table, another level 2 table.
+    vm.call(Function::PageMap, &[0x1f_f000, take(1), 4096])?;
+    let more = take(1);
+    expect!(vm.call(Function::PageMap, &[0x20_0000, more, 4096]), Err(Refusal::Wanted(1)));
+    expect!(vm.call(Function::PageMap, &[1 << 30, more, 4096]), Err(Refusal::Wanted(2)));
+    expect!(first_change(more, PATTERN), None);
+    poke(more, 1)?;
+    let stats = host(Function::Stats, &[])?;
+    expect!(stats[2..], [2, 2][..]);
+    vm.destroy()
+}
+test!(map_without_tables, "T25");
+
+fn map_bad() -> Outcome {
+    let (vm, vcpu) = Vm::launch(nothing(), [0; 4])?;
+    let page = take(2);
+    let before = host(Function::Stats, &[])?;
+    let no_ram = RAM + RAM_SIZE;
+    for (args, why) in [
+        ([FREE, page, 0], INVALID),
+        ([FREE, page, 4095], INVALID),
+        ([FREE, page, 8192], INVALID),
+        ([FREE, page, 2 << 20], INVALID),
+        ([FREE, page, u64::MAX], INVALID),
+        ([FREE + 1, page, 4096], INVALID),
+        ([FREE + 0x800, page, 4096], INVALID),
+        ([FREE, page + 1, 4096], INVALID),
+        ([FREE, page + 0x800, 4096], INVALID),
+        ([no_ram, page, 4096], DENIED),
+        ([RAM - 4096, page, 4096], DENIED),
+        ([0, page, 4096], DENIED),
+        ([1 << 40, page, 4096], DENIED),
+        ([FREE | 1 << 40, page, 4096], DENIED),
+        ([FREE | 1 << 63, page, 4096], DENIED),
+        ([!0xfff, page, 4096], DENIED),
+        ([RAM, page, 4096], DENIED),
+        ([RAM + 0x1000, page, 4096], DENIED),
+        ([FREE, vcpu.page, 4096], DENIED),
+    ] {
+        let result = vm.call(Function::PageMap, &args);
+        ensure!(result == Err(why), "{args:x?}: {result:x?}");
+    }
+    for at in not_the_hosts() {
+        let result = vm.call(Function::PageMap, &[FREE, at, 4096]);
+        ensure!(result == Err(DENIED), "{at:#x}: {result:x?}");
+    }
+    expect!(host(Function::Stats, &[])?, before);
+    expect!(first_change(page, PATTERN), None);
+    vm.destroy()
+}
+test!(map_bad, "T04 T05 T10 T20 T26");
+
+/// A page that a VM has can't be had again: not at another address, not by
+/// another VM, not as a table, not as a run page.
+fn one_page_one_place() -> Outcome {
+    let (a, _) = Vm::launch(nothing(), [0; 4])?;
+    let (b, _) = Vm::launch(nothing(), [0; 4])?;
+    let open = Vm::new(1)?;
+    open.furnish(4)?;
+    let page = a.map(FREE)?;
+    let other = take(1);
+    expect!(a.call(Function::PageMap, &[FREE, other, 4096]), Err(DENIED));
+    expect!(a.call(Function::PageMap, &[FREE, page, 4096]), Err(DENIED));
+    expect!(a.call(Function::PageMap, &[FREE + 4096, page, 4096]), Err(DENIED));
+    expect!(b.call(Function::PageMap, &[FREE, page, 4096]), Err(DENIED));
+    expect!(b.call(Function::PageMap, &[FREE + 4096, page, 4096]), Err(DENIED));
+    expect!(a.call(Function::PoolDonate, &[page, 1]), Err(DENIED));
+    expect!(b.call(Function::PoolDonate, &[page, 1]), Err(DENIED));
+    expect!(open.call(Function::VcpuCreate, &[0, page]), Err(DENIED));
+    expect!(open.call(Function::VmPopulate, &[FREE, page]), Err(DENIED));
+    // B can't give A's page back.
+    b.call(Function::PageUnmap, &[FREE, 1])?;
+    let fault = poke(page, 1).err();
+    ensure!(fault.is_some_and(|f| f.is_external_abort(page, true)), "write: {fault:x?}");
+    a.destroy()?;
+    poke(page, 1)?;
+    b.call(Function::PageMap, &[FREE, page, 4096])?;
+    b.destroy()?;
+    open.destroy()
+}
+test!(one_page_one_place, "T04 T05");
+
+/// What the host sees of a page of a VM's: zeros; and it can't write it.
+fn the_hosts_view() -> Outcome {
+    let (vm, _) = Vm::launch(nothing(), [0; 4])?;
+    let page = vm.map(FREE)?;
+    for at in [page, page + 8, page + 0xff8] {
+        expect!(peek(at)?, 0);
+        expect!(memory::peek32(at + 4)?, 0);
+        expect!(memory::peek8(at + 7)?, 0);
+        for fault in [poke(at, 1).err(), memory::poke32(at, 1).err(), memory::poke8(at, 1).err()] {
+            ensure!(fault.is_some_and(|f| f.is_external_abort(at, true)), "write: {fault:x?}");
+        }
+    }
+    // Instructions, atomics and cache maintenance.
+    let f = crate::exception::catch(|| {
+        // SAFETY: the fetch faults, which is caught and returned from.
+        unsafe {
+            core::arch::asm!("blr {}", in(reg) page, out("x30") _, options(nostack));
+        }
+    });
+    ensure!(
+        f.is_some_and(|f| f.class() == 0x21 && f.esr & 0x3f == 0x10 && f.far == page),
+        "fetch: {f:x?}"
+    );
+    let f = crate::exception::catch(|| {
+        // SAFETY: the store faults, which is caught.
+        unsafe {
+            core::arch::asm!("ldxr {v}, [{a}]", "stxr {w:w}, {v}, [{a}]", a = in(reg) page, v = out(reg) _, w = out(reg) _, options(nostack));
+        }
+    });
+    ensure!(f.is_none_or(|f| f.is_external_abort(page, true)), "stxr: {f:x?}");
+    let f = crate::exception::catch(|| {
+        // SAFETY: at worst it faults.
+        unsafe {
+            core::arch::asm!("dc civac, {a}", "dc cvac, {a}", "ic ivau, {a}", "dsb sy", a = in(reg) page, options(nostack));
+        }
+    });
+    ensure!(f.is_none(), "cache maintenance: {f:x?}");
+    // DC ZVA and DC IVAC write, or may.
+    let f = crate::exception::catch(|| {
+        // SAFETY: at worst it faults.
+        unsafe { core::arch::asm!("dc zva, {a}", a = in(reg) page, options(nostack)) }
+    });
+    ensure!(f.is_some_and(|f| f.is_external_abort(page, true)), "dc zva: {f:x?}");
+    vm.call(Function::PageUnmap, &[FREE, 1])?;
+    ensure!(is_zero(page), "not wiped");
+    vm.destroy()
+}
+test!(the_hosts_view, "T01 T02");
+
+fn unmap_bad() -> Outcome {
+    let (vm, _) = Vm::launch(nothing(), [0; 4])?;
+    let page = vm.map(FREE)?;
+    for args in [
+        [FREE, MAX_PAGES_PER_CALL + 1],
+        [FREE, u64::MAX],
+        [FREE, 1 << 52],
+        [FREE, 1 << 52 | 1],
+        [FREE + 1, 1],
+        [FREE + 0x800, 1],
+        [1 << IPA_BITS, 1],
+        [(1 << IPA_BITS) - 4096, 2],
+        [!0xfff, 1],
+        [!0xfff, 2],
+    ] {
+        let result = vm.call(Function::PageUnmap, &args);
+        ensure!(result == Err(INVALID), "{args:x?}: {result:x?}");
+    }
+    ensure!(poke(page, 1).is_err(), "the page came back");
+    expect!(vm.call(Function::PageUnmap, &[FREE, 0])?[0], 0);
+    ensure!(poke(page, 1).is_err(), "the page came back");
+    vm.destroy()
+}
+test!(unmap_bad, "T20 T26");
+
+/// Unmapped pages are the host's again, zeroed; holes are passed over.
+fn unmap() -> Outcome {
+    let (vm, _) = Vm::launch(nothing(), [0; 4])?;
+    let before = host(Function::Stats, &[])?;
+    let mut pages = [0; 5];
+    for (i, page) in (0..).zip(&mut pages) {
+        *page = vm.map(FREE + i * 3 * 4096)?;
+    }
+    expect!(host(Function::Stats, &[])?[2], before[2] + 5);
+    expect!(vm.call(Function::PageUnmap, &[FREE, 32])?[0], 32);
+    // The table that was needed stays.
+    expect!(host(Function::Stats, &[])?[2], before[2]);
+    for page in pages {
+        ensure!(is_zero(page), "{page:#x} is not wiped");
+        fill(page, 1);
+        expect!(first_change(page, 1), None);
+    }
+    // Nothing there: no error. RAM and no RAM.
+    expect!(vm.call(Function::PageUnmap, &[FREE, 32])?[0], 32);
+    expect!(vm.call(Function::PageUnmap, &[0, 32])?[0], 32);
+    expect!(vm.call(Function::PageUnmap, &[RAM + RAM_SIZE - 4096, 2])?[0], 2);
+    for (i, page) in (0..).zip(pages) {
+        vm.call(Function::PageMap, &[FREE + i * 4096, page, 4096])?;
+    }
+    vm.destroy()?;
+    for page in pages {
+        ensure!(is_zero(page), "{page:#x} is not wiped");
+    }
+    Ok(())
+}
+test!(unmap, "T24");
+
+/// Reset: all private pages come back wiped, the launch is open, the handle,
+/// vCPUs, RAM and pool stay. Twice is once.
+fn reset() -> Outcome {
+    let start = host(Function::Stats, &[])?;
+    let (vm, vcpu) = Vm::launch(nothing(), [0; 4])?;
+    let mut pages = [0; 70];
+    for (i, page) in (0..).zip(&mut pages) {
+        *page = vm.map(FREE + i * 4096)?;
+    }
+    expect!(host(Function::VmReset, &[vm.handle]), Err(AGAIN));
+    // Half done: nothing else is possible.
+    expect!(vm.call(Function::VcpuRun, &[vcpu.idx]), Err(STATE));
+    expect!(vm.call(Function::PageMap, &[FREE, take(1), 4096]), Err(STATE));
+    expect!(vm.call(Function::PageUnmap, &[FREE, 1]), Err(STATE));
+    expect!(vm.call(Function::VmActivate, &[]), Err(STATE));
+    expect!(vm.call(Function::VmPopulate, &[RAM, take(1)]), Err(STATE));
+    expect!(vm.call(Function::VmAddRam, &[0, 4096]), Err(STATE));
+    expect!(vm.call(Function::PoolDonate, &[take(1), 1]), Err(STATE));
+    expect!(vm.call(Function::VcpuCreate, &[1, take(1)]), Err(STATE));
+    expect!(vm.call(Function::VcpuSetBoot, &[0, RAM]), Err(STATE));
+    until_done(Function::VmReset, &[vm.handle], 1000)?;
+    for page in pages {
+        ensure!(is_zero(page), "{page:#x} is not wiped");
+        clear(page);
+    }
+    let after = host(Function::Stats, &[])?;
+    expect!(after, [1, 2, 0, start[3] + 8]);
+    until_done(Function::VmReset, &[vm.handle], 10)?;
+    expect!(host(Function::Stats, &[])?, after);
+    expect!(vm.call(Function::VcpuRun, &[0]), Err(STATE));
+    // Boot contexts are gone with the launch.
+    expect!(vm.call(Function::VmActivate, &[]), Err(STATE));
+    vm.boot(nothing(), [0; 4])?;
+    let mut vcpu = vcpu;
+    vcpu.end()?;
+    vm.destroy()?;
+    expect!(host(Function::Stats, &[])?, start);
+    Ok(())
+}
+test!(reset, "T24");
+
+/// While a destroy is under way the VM can do nothing; then its handle is dead.
+fn destroy_in_steps() -> Outcome {
+    let start = host(Function::Stats, &[])?;
+    let (vm, vcpu) = Vm::launch(nothing(), [0; 4])?;
+    for i in 0..70 {
+        vm.map(FREE + i * 4096)?;
+    }
+    expect!(host(Function::VmDestroy, &[vm.handle]), Err(AGAIN));
+    expect!(vm.call(Function::VcpuRun, &[0]), Err(STATE));
+    expect!(vm.call(Function::VmReset, &[]), Err(STATE));
+    expect!(vm.call(Function::PageMap, &[FREE, take(1), 4096]), Err(STATE));
+    expect!(vm.call(Function::PageUnmap, &[FREE, 1]), Err(STATE));
+    expect!(vm.call(Function::PoolDonate, &[take(1), 1]), Err(STATE));
+    until_done(Function::VmDestroy, &[vm.handle], 100)?;
+    expect!(host(Function::VmDestroy, &[vm.handle]), Err(INVALID));
+    expect!(host(Function::Stats, &[])?, start);
+    fill(vcpu.page, 3);
+    Ok(())
+}
+test!(destroy_in_steps, "T22 T24");
+
+fn twenty_rounds() -> Outcome {
+    let start = host(Function::Stats, &[])?;
+    for round in 0..20 {
+        memory::restart();
+        let (vm, mut vcpu) = Vm::launch(nothing(), [round; 4])?;
+        for i in 0..20 {
+            vm.map(FREE + i * 0x10_000)?;
+        }
+        vcpu.end()?;
+        vm.destroy()?;
+        expect!(host(Function::Stats, &[])?, start);
+    }
+    Ok(())
+}
+test!(twenty_rounds, "T24 T25");
+
+/// Every page that is tried as VM memory, over all of a small range around the
+/// carve-out's end, is taken only if it is the host's.
+fn carveout_edge() -> Outcome {
+    let (vm, _) = Vm::launch(nothing(), [0; 4])?;
+    let edge = RAM_BASE + havmsi_abi::layout::carveout_size(memory::RAM_SIZE);
+    for n in 0..512 {
+        let at = edge - 4096 * (n + 1);
+        expect!(vm.call(Function::PageMap, &[FREE, at, 4096]), Err(DENIED));
+    }
+    // The first page behind it is the host's (it holds no device tree here).
+    let old = read(edge);
+    vm.call(Function::PageMap, &[FREE, edge, 4096])?;
+    vm.call(Function::PageUnmap, &[FREE, 1])?;
+    memory::write(edge, old);
+    vm.destroy()
+}
+test!(carveout_edge, "T05 T26");
