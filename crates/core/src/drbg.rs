@@ -79,4 +79,23 @@ mod tests {
         assert_ne!(first, c.random());
         assert_ne!(first, a.random());
     }
+
+    #[test]
+    fn a_second_seed_adds_to_the_first() {
+        let (mut a, mut b) = (Drbg::new(), Drbg::new());
+        a.seed(&[1; 32]);
+        b.seed(&[2; 32]);
+        a.seed(&[3; 32]);
+        b.seed(&[3; 32]);
+        assert_ne!(a.random(), b.random());
+        // What is too short changes nothing.
+        let mut c = Drbg::new();
+        c.seed(&[1; 32]);
+        c.seed(&[3; 31]);
+        c.seed(&[3; 32]);
+        a = Drbg::new();
+        a.seed(&[1; 32]);
+        a.seed(&[3; 32]);
+        assert_eq!(a.random(), c.random());
+    }
 }

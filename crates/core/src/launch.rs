@@ -122,6 +122,18 @@ mod tests {
     }
 
     #[test]
+    fn ranges_and_boot_contexts_are_not_confused() {
+        let range = |n| Range { base: n, size: n + 1 };
+        let ranges = [range(0), range(2), range(4)];
+        let boot = Boot { pc: 1, x: [2, 3, 4, 5] };
+        let launch = Launch::NEW;
+        assert_ne!(
+            launch.digest(&CONFIG, ranges.iter(), core::iter::empty()),
+            launch.digest(&CONFIG, [].iter(), core::iter::once((0, boot)))
+        );
+    }
+
+    #[test]
     fn everything_measured_changes_the_digest() {
         let mut page = [0; 4096];
         page[4095] = 1;

@@ -96,6 +96,7 @@ mod tests {
         assert_eq!(ram.page_index(Pa(0x8000_0000)), Some(0));
         assert_eq!(ram.page_index(Pa(0x8000_2000)), Some(2));
         assert_eq!(ram.page_index(Pa(0x8000_3000)), None);
+        assert_eq!(ram.page_index(Pa(0x8000_0800)), None);
         assert_eq!(ram.page_index(Pa(0x8_8000_1000)), Some(4));
         assert_eq!(ram.page_index(Pa(0x8_8000_1800)), None);
         assert_eq!(ram.page_count(), 5);
