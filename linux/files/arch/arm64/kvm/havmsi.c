@@ -8,10 +8,12 @@
  * Nothing in here is trusted by the monitor or by a guest. What this code gets
  * wrong costs availability, nothing else.
  */
+#include <linux/debugfs.h>
 #include <linux/delay.h>
 #include <linux/kvm_host.h>
 #include <linux/of_fdt.h>
 #include <linux/sched/signal.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/syscore_ops.h>
 
@@ -165,13 +167,30 @@ bool __init havmsi_probe(void)
 	return true;
 }
 
-static int __init havmsi_hint(void)
+/* /sys/kernel/debug/havmsi_stats: what the monitor counts. */
+static int havmsi_stats_show(struct seq_file *m, void *unused)
 {
-	if (!havmsi_present && kvm_get_mode() != KVM_MODE_NONE && monitor_answers())
+	struct arm_smccc_1_2_regs res;
+	long status = havmsi_call(HAVMSI_FN_STATS, 0, 0, 0, 0, &res);
+
+	if (status)
+		return havmsi_errno(status);
+	seq_printf(m, "vms %lu\nvcpus %lu\nprivate_pages %lu\npool_pages %lu\nhost_pages %lu\n",
+		   res.a1, res.a2, res.a3, res.a4, res.a5);
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(havmsi_stats);
+
+static int __init havmsi_late_init(void)
+{
+	if (havmsi_present)
+		debugfs_create_file("havmsi_stats", 0444, NULL, NULL,
+				    &havmsi_stats_fops);
+	else if (kvm_get_mode() != KVM_MODE_NONE && monitor_answers())
 		pr_info("havmsi: a HA-VMSI monitor is below this kernel: boot with kvm-arm.mode=havmsi to use KVM\n");
 	return 0;
 }
-late_initcall(havmsi_hint);
+late_initcall(havmsi_late_init);
 
 static long host_reset(void)
 {
@@ -514,7 +533,12 @@ int havmsi_vcpu_prepare(struct kvm_vcpu *vcpu)
 
 	if (unlikely(READ_ONCE(havmsi_down)))
 		return -EIO;
-	if (likely(READ_ONCE(hv->launched)))
+	/*
+	 * Who is stopped, or was asked to stop, gets no further than this anyway.
+	 * It must not launch what the VMM is still preparing.
+	 */
+	if (likely(READ_ONCE(hv->launched)) ||
+	    kvm_request_pending(vcpu) || kvm_arm_vcpu_stopped(vcpu))
 		return 1;
 
 	mutex_lock(&kvm->slots_lock);

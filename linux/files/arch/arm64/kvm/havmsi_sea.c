@@ -121,19 +121,22 @@ bool havmsi_handle_sea(unsigned long far, unsigned long esr,
 	if (!drop_store(regs))
 		return false;
 
-	pr_warn_ratelimited("havmsi: %s[%d]: %pS: a write to memory of a protected VM was dropped\n",
-			    current->comm, task_pid_nr(current),
-			    (void *)instruction_pointer(regs));
+	/* One a system call, not one a store. */
 	if (in_task() && !(current->flags & (PF_KTHREAD | PF_USER_WORKER))) {
-		/* One a system call, not one a store. */
 		work = task_work_cancel_func(current, fail_syscall);
-		if (!work)
-			work = kmalloc(sizeof(*work), GFP_ATOMIC | __GFP_NOWARN);
+		if (work) {
+			task_work_add(current, work, TWA_RESUME);
+			return true;
+		}
+		work = kmalloc(sizeof(*work), GFP_ATOMIC | __GFP_NOWARN);
 		if (work) {
 			init_task_work(work, fail_syscall);
 			if (task_work_add(current, work, TWA_RESUME))
 				kfree(work);
 		}
 	}
+	pr_warn_ratelimited("havmsi: %s[%d]: %pS: a write to memory of a protected VM was dropped\n",
+			    current->comm, task_pid_nr(current),
+			    (void *)instruction_pointer(regs));
 	return true;
 }
