@@ -272,10 +272,14 @@ fn enter(
     vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
     unsafe { scr_el3::write(host::SCR_GUEST) };
-    if run.gic == 3 {
+    if host::world().gic.version() == 3 {
         icc_sre_el2::write(ICC_SRE);
+    }
+    if run.gic == 3 {
         let hcr = entry.ich_hcr & havmsi_core::vgic::HCR_ALLOWED;
         havmsi_hal::vgic::load(&context.vgic, hcr, &entry.lr, used_lrs);
+    } else if host::world().gic.version() == 3 {
+        havmsi_hal::vgic::close();
     }
     world::switch_to(&context.el1, Stage2 { vttbr: run.vttbr, hcr });
     if let Some(what) = injection {
@@ -497,6 +501,9 @@ fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
     let vgic = if gic == 3 {
         havmsi_hal::vgic::save(&mut context.vgic, used)
     } else {
+        if host::world().gic.version() == 3 {
+            havmsi_hal::vgic::open();
+        }
         havmsi_abi::VgicExit::default()
     };
     context.el1.save();

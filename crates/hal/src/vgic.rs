@@ -78,6 +78,21 @@ fn active_priority_registers() -> usize {
     1 << prebits.saturating_sub(5).min(2)
 }
 
+/// `ICH_HCR_EL2`: the registers that both groups share (TC), those of group 0
+/// and of group 1 (TALL0, TALL1) trap.
+const HCR_TRAP_ALL: u64 = 0b111 << 10;
+
+/// Takes the interface away from a guest that has none: it would find what the
+/// last one left there.
+pub fn close() {
+    ich_hcr_el2::write(HCR_TRAP_ALL);
+}
+
+/// Undoes [`close`]: the traps concern the host too.
+pub fn open() {
+    ich_hcr_el2::write(0);
+}
+
 /// Loads the interface for a run: checked list registers, the first `used` of
 /// `lr`; the others are emptied.
 pub fn load(state: &VgicState, hcr: u64, lr: &[u64; MAX_LRS], used: usize) {
