@@ -70,6 +70,9 @@ pub enum Power {
 
 #[derive(Clone, Copy, Debug)]
 struct Vcpu {
+    /// No `Option` around it: `None` would not be all zeros, and the table of
+    /// VMs so large a part of the image.
+    exists: bool,
     context: u16,
     run_page: Pa,
     power: Power,
@@ -77,6 +80,18 @@ struct Vcpu {
     boot: Option<Boot>,
     /// The vCPU whose CPU_ON the host is carrying out for this one.
     starting: Option<u8>,
+}
+
+impl Vcpu {
+    const NONE: Self = Self {
+        exists: false,
+        context: 0,
+        run_page: Pa(0),
+        power: Power::Off,
+        running: false,
+        boot: None,
+        starting: None,
+    };
 }
 
 /// What a CPU needs to run a vCPU that [`Vm::enter`] gave to it.
@@ -107,7 +122,7 @@ pub struct Vm {
     devices: Range,
     pub(crate) map: GuestMap,
     launch: Launch,
-    vcpus: [Option<Vcpu>; MAX_VCPUS_PER_VM],
+    vcpus: [Vcpu; MAX_VCPUS_PER_VM],
     running: u32,
     cntvoff: u64,
 }
@@ -141,7 +156,7 @@ impl Vm {
         devices: Range { base: 0, size: 0 },
         map: GuestMap::new(VmSlot(0), Pa(0)),
         launch: Launch::NEW,
-        vcpus: [None; MAX_VCPUS_PER_VM],
+        vcpus: [Vcpu::NONE; MAX_VCPUS_PER_VM],
         running: 0,
         cntvoff: 0,
     };
@@ -265,24 +280,21 @@ impl Vm {
         self.in_phase(Phase::Open)?;
         let slot = self.slot;
         let vcpu = self.vcpus.get_mut(index(idx)).ok_or(Error::Invalid)?;
-        if vcpu.is_some() {
+        if vcpu.exists {
             return Err(Error::State);
         }
         let page = m.pages().claim(run_page, Owner::Host)?;
         m.pages().relabel(page, Owner::RunPage(slot));
-        *vcpu = Some(Vcpu {
-            context,
-            run_page,
-            power: Power::Off,
-            running: false,
-            boot: None,
-            starting: None,
-        });
+        *vcpu = Vcpu { exists: true, context, run_page, ..Vcpu::NONE };
         Ok(())
     }
 
     fn vcpu(&mut self, idx: u64) -> Result<&mut Vcpu, Error> {
-        self.vcpus.get_mut(index(idx)).and_then(Option::as_mut).ok_or(Error::Invalid)
+        self.vcpus.get_mut(index(idx)).filter(|vcpu| vcpu.exists).ok_or(Error::Invalid)
+    }
+
+    fn existing(&mut self) -> impl Iterator<Item = &mut Vcpu> {
+        self.vcpus.iter_mut().filter(|vcpu| vcpu.exists)
     }
 
     /// Says where a vCPU starts that is on at launch.
@@ -341,7 +353,7 @@ impl Vm {
     /// [`Error::State`] if it is not open or no vCPU is on.
     pub fn activate(&mut self, m: &impl Machine) -> Result<Digest, Error> {
         self.in_phase(Phase::Open)?;
-        let boots = self.vcpus.map(|vcpu| vcpu.and_then(|v| v.boot));
+        let boots = self.vcpus.map(|vcpu| vcpu.boot);
         if boots.iter().all(Option::is_none) {
             return Err(Error::State);
         }
@@ -351,7 +363,7 @@ impl Vm {
             self.ram.iter().filter(|r| r.size != 0),
             (0..).zip(boots).filter_map(|(i, b)| Some((i, b?))),
         );
-        for vcpu in self.vcpus.iter_mut().flatten() {
+        for vcpu in self.existing() {
             vcpu.power = vcpu.boot.map_or(Power::Off, Power::Pending);
         }
         m.hw().invalidate_icache();
@@ -524,14 +536,14 @@ impl Vm {
     /// PSCI power state of the vCPU with this affinity.
     #[must_use]
     pub fn power(&self, affinity: u64) -> Option<Power> {
-        self.vcpus.get(self.by_affinity(affinity)?).copied().flatten().map(|v| v.power)
+        self.vcpus.get(self.by_affinity(affinity)?).map(|vcpu| vcpu.power)
     }
 
     fn by_affinity(&self, affinity: u64) -> Option<usize> {
         (0..self.config.max_vcpus)
             .find(|i| mpidr_affinity(*i) == affinity)
             .map(index)
-            .filter(|i| self.vcpus.get(*i).is_some_and(Option::is_some))
+            .filter(|i| self.vcpus.get(*i).is_some_and(|vcpu| vcpu.exists))
     }
 
     /// PSCI CPU_ON by vCPU `caller`: the target starts at `boot` at its next
@@ -541,7 +553,7 @@ impl Vm {
     /// The target's power state if it is not off; `None` if there is no target.
     pub fn cpu_on(&mut self, caller: u64, affinity: u64, boot: Boot) -> Result<(), Option<Power>> {
         let target = self.by_affinity(affinity).ok_or(None)?;
-        let vcpu = self.vcpus.get_mut(target).and_then(Option::as_mut).ok_or(None)?;
+        let vcpu = self.vcpus.get_mut(target).ok_or(None)?;
         if vcpu.power != Power::Off {
             return Err(Some(vcpu.power));
         }
@@ -570,7 +582,7 @@ impl Vm {
             return Err(Error::State);
         }
         self.scrub(m, Phase::Resetting)?;
-        for vcpu in self.vcpus.iter_mut().flatten() {
+        for vcpu in self.existing() {
             vcpu.power = Power::Off;
             vcpu.boot = None;
             vcpu.starting = None;
@@ -617,11 +629,13 @@ impl Vm {
         if self.map.pool_len() != 0 {
             return Err(Error::Again);
         }
-        for vcpu in self.vcpus.iter_mut().filter_map(Option::take) {
+        let owner = Owner::RunPage(self.slot);
+        for vcpu in self.existing() {
             free_context(vcpu.context);
-            if let Ok(page) = m.pages().claim(vcpu.run_page, Owner::RunPage(self.slot)) {
+            if let Ok(page) = m.pages().claim(vcpu.run_page, owner) {
                 m.pages().relabel(page, Owner::Host);
             }
+            *vcpu = Vcpu::NONE;
         }
         self.ram = [Range::default(); MAX_RAM_RANGES];
         self.devices = Range::default();
@@ -639,13 +653,13 @@ impl Vm {
     /// The run pages of its vCPUs.
     #[cfg(any(test, feature = "audit"))]
     pub(crate) fn run_pages(&self) -> impl Iterator<Item = Pa> {
-        self.vcpus.iter().flatten().map(|vcpu| vcpu.run_page)
+        self.vcpus.iter().filter(|vcpu| vcpu.exists).map(|vcpu| vcpu.run_page)
     }
 
     /// Number of vCPUs.
     #[must_use]
     pub fn vcpu_count(&self) -> usize {
-        self.vcpus.iter().flatten().count()
+        self.vcpus.iter().filter(|vcpu| vcpu.exists).count()
     }
 }
 
