@@ -73,6 +73,9 @@ enum Verb {
         /// As JSON
         #[arg(long)]
         json: bool,
+        /// Also each source file of ours
+        #[arg(long)]
+        files: bool,
     },
     /// Remove what was built
     Clean {
@@ -161,7 +164,7 @@ fn real_main() -> Result<()> {
         Verb::Run(args) => run::main(&ctx, &args),
         Verb::Test(args) => test::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
-        Verb::Tcb { json } => tcb::main(&ctx, json),
+        Verb::Tcb { json, files } => tcb::main(&ctx, json, files),
         Verb::Clean { cache } => clean(&ctx, cache),
     }
 }

@@ -48,6 +48,8 @@ pub struct Crate {
     /// Its size.
     #[serde(flatten)]
     pub count: Count,
+    /// By source file.
+    pub files: BTreeMap<String, Count>,
 }
 
 /// The whole.
@@ -112,16 +114,20 @@ pub fn count(ctx: &Ctx) -> Result<Summary> {
         let name = message["target"]["name"].as_str().unwrap_or_default().to_owned();
         let manifest = PathBuf::from(message["manifest_path"].as_str().unwrap_or_default());
         let mut total = Count::default();
+        let mut files = BTreeMap::new();
         for source in dep_info(Path::new(file), &name, &ctx.root)? {
             let text = fs::read_to_string(&source)
                 .with_context(|| format!("cannot read {}", source.display()))?;
-            total.add(&match source.extension().and_then(|e| e.to_str()) {
+            let count = match source.extension().and_then(|e| e.to_str()) {
                 Some("rs") => count_rust(&text),
                 Some("S" | "s" | "asm") => {
                     Count { assembly: count_assembly(&text), ..Count::default() }
                 }
-                _ => Count::default(),
-            });
+                _ => continue,
+            };
+            total.add(&count);
+            let short = source.strip_prefix(&ctx.root).unwrap_or(&source);
+            files.insert(short.display().to_string(), count);
         }
         let own = manifest.starts_with(&ctx.root);
         let version = message["package_id"]
@@ -129,7 +135,7 @@ pub fn count(ctx: &Ctx) -> Result<Summary> {
             .and_then(|id| id.rsplit(['@', '#']).next())
             .unwrap_or_default()
             .to_owned();
-        crates.insert((!own, name.clone()), Crate { name, version, own, count: total });
+        crates.insert((!own, name.clone()), Crate { name, version, own, count: total, files });
     }
     if !crates.values().any(|c| c.name == "havmsi-monitor") {
         bail!("Cargo did not report the monitor's own files");
@@ -403,7 +409,7 @@ fn count_rust(source: &str) -> Count {
 }
 
 /// The table for people.
-pub fn table(s: &Summary) -> String {
+pub fn table(s: &Summary, by_file: bool) -> String {
     let mut text = format!(
         "{:24} {:>8} {:>9} {:>14} {:>13}\n",
         "crate", "Rust", "assembly", "unsafe blocks", "unsafe items"
@@ -419,6 +425,12 @@ pub fn table(s: &Summary) -> String {
         for c in s.crates.iter().filter(|c| c.own == own) {
             line(&format!("{} {}", c.name, if own { "" } else { &c.version }), &c.count);
             sum.add(&c.count);
+            for (file, count) in c.files.iter().filter(|_| by_file && own) {
+                line(
+                    &format!("  {}", file.rsplit_once("src/").map_or(file.as_str(), |f| f.1)),
+                    count,
+                );
+            }
         }
         line(if own { "= our own" } else { "= linked dependencies" }, &sum);
     }
@@ -432,12 +444,12 @@ pub fn table(s: &Summary) -> String {
 }
 
 /// The `tcb` verb.
-pub fn main(ctx: &Ctx, json: bool) -> Result<()> {
+pub fn main(ctx: &Ctx, json: bool, by_file: bool) -> Result<()> {
     let summary = count(ctx)?;
     if json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
-        print!("{}", table(&summary));
+        print!("{}", table(&summary, by_file));
     }
     Ok(())
 }
