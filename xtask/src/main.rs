@@ -22,7 +22,8 @@ mod tcb;
 mod test;
 mod ui;
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
@@ -37,7 +38,7 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
 struct Cli {
-    /// Folder for logs and consoles [default: target/havmsi/logs/<verb>]
+    /// Folder for logs and consoles [default: target/havmsi/logs/NNNN-VERB, also `latest`]
     #[arg(long, global = true, value_name = "DIR")]
     log: Option<PathBuf>,
     #[command(subcommand)]
@@ -127,7 +128,7 @@ impl Ctx {
 fn clean(ctx: &Ctx, cache: bool) -> Result<()> {
     let dir = ctx.target_dir().join("havmsi");
     if dir.is_dir() {
-        std::fs::remove_dir_all(&dir)?;
+        fs::remove_dir_all(&dir)?;
     }
     println!("removed {}", dir.display());
     if cache {
@@ -142,6 +143,42 @@ fn clean(ctx: &Ctx, cache: bool) -> Result<()> {
     Ok(())
 }
 
+/// Log folders that are kept.
+const LOGS_KEPT: usize = 30;
+
+/// The next log folder, `NNNN-verb`; `latest` points to it, and the oldest ones go.
+fn new_log_dir(logs: &Path, verb: &str) -> Result<PathBuf> {
+    fs::create_dir_all(logs).with_context(|| format!("cannot create {}", logs.display()))?;
+    let mut old: Vec<(u32, PathBuf)> = fs::read_dir(logs)?
+        .filter_map(|e| {
+            let path = e.ok()?.path();
+            let number = path.file_name()?.to_str()?.split_once('-')?.0.parse().ok()?;
+            Some((number, path))
+        })
+        .collect();
+    old.sort();
+    let mut number = old.last().map_or(0, |o| o.0);
+    let dir = loop {
+        number += 1;
+        let dir = logs.join(format!("{number:04}-{verb}"));
+        match fs::create_dir(&dir) {
+            Ok(()) => break dir,
+            // Another run was quicker.
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e).with_context(|| format!("cannot create {}", dir.display())),
+        }
+    };
+    let surplus = (old.len() + 1).saturating_sub(LOGS_KEPT);
+    for (_, path) in old.iter().take(surplus) {
+        // Old logs and the shortcut are a courtesy.
+        drop(fs::remove_dir_all(path));
+    }
+    let latest = logs.join("latest");
+    drop(fs::remove_file(&latest));
+    drop(std::os::unix::fs::symlink(&dir, &latest));
+    Ok(dir)
+}
+
 fn real_main() -> Result<()> {
     let cli = Cli::parse();
     sh::install_signal_handler()?;
@@ -150,11 +187,7 @@ fn real_main() -> Result<()> {
     let mut ctx = Ctx { root, cache: cache::Cache::open()?, log_dir: PathBuf::new() };
     ctx.log_dir = match cli.log {
         Some(dir) => std::path::absolute(dir)?,
-        None => ctx.target_dir().join("havmsi/logs").join(format!(
-            "{}-{}",
-            cli.verb.name(),
-            std::process::id()
-        )),
+        None => new_log_dir(&ctx.target_dir().join("havmsi/logs"), cli.verb.name())?,
     };
     match cli.verb {
         Verb::Setup { check } => setup::main(&ctx, check),

@@ -146,6 +146,9 @@ pub fn table() -> Vec<Row> {
 /// Builds what the chosen rows need, so that no row's time-out pays for it.
 pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
     let any = |kind: fn(&Work) -> bool| rows.iter().any(|r| kind(&r.work));
+    if any(|w| matches!(w, Work::Cargo(_))) {
+        setup::ensure(ctx, &[Need::Targets, Need::Lints])?;
+    }
     if any(|w| matches!(w, Work::Payload(..))) {
         setup::ensure(ctx, &[Need::Qemu, Need::Targets, Need::Binutils])?;
         build::monitor(ctx)?;

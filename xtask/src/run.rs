@@ -182,6 +182,12 @@ fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) ->
         Some((false, text)) => found.push(format!("the job failed on {title}: {text}")),
         None => found.push(format!("the job did not end on {title}")),
     }
+    if outcome.start("kvm").and_then(Value::as_bool) == Some(false) {
+        found.push(format!(
+            "the host has no /dev/kvm on {title}: is this kernel built with the series, and does the monitor answer? \
+             (linux/README.md lists what its log says)"
+        ));
+    }
     if must_verify {
         for index in 0..guests {
             match outcome.verdicts.get(&index) {

@@ -23,10 +23,13 @@ pub enum Need {
     Qemu,
     /// Fetching and unpacking arm64 packages.
     Debs,
+    /// clippy and rustfmt.
+    Lints,
 }
 
 /// Everything.
-pub const ALL: &[Need] = &[Need::Targets, Need::Binutils, Need::Kernel, Need::Qemu, Need::Debs];
+pub const ALL: &[Need] =
+    &[Need::Targets, Need::Binutils, Need::Kernel, Need::Qemu, Need::Debs, Need::Lints];
 
 /// Rust targets: EL3 and payload; arm64 user programs.
 pub const TARGETS: [&str; 2] = ["aarch64-unknown-none-softfloat", "aarch64-unknown-linux-musl"];
@@ -39,39 +42,28 @@ pub const LINUX_SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
 /// Oldest QEMU that the machine was tried with.
 const QEMU_MAJOR: u32 = 10;
 
-struct Package {
-    name: &'static str,
-    new_suite: bool,
-}
-
-fn packages(need: Need) -> Vec<Package> {
-    let (names, new_suite): (&[&str], bool) = match need {
-        Need::Targets => (&[], false),
-        Need::Binutils => (&["binutils-aarch64-linux-gnu"], false),
-        Need::Kernel => (
-            &[
-                "gcc-aarch64-linux-gnu",
-                "gcc",
-                "libc6-dev",
-                "make",
-                "flex",
-                "bison",
-                "bc",
-                "perl",
-                "patch",
-                "xz-utils",
-                "libssl-dev",
-                "libelf-dev",
-                "kmod",
-                "cpio",
-                "ccache",
-            ],
-            false,
-        ),
-        Need::Qemu => (&[], true),
-        Need::Debs => (&["dpkg", "apt", "zstd"], false),
-    };
-    names.iter().map(|&name| Package { name, new_suite }).collect()
+/// Packages of the release itself; those of the newer suite are QEMU and the kernel's source.
+fn packages(need: Need) -> &'static [&'static str] {
+    match need {
+        Need::Targets | Need::Lints | Need::Qemu => &[],
+        Need::Binutils => &["binutils-aarch64-linux-gnu"],
+        Need::Kernel => &[
+            "gcc-aarch64-linux-gnu",
+            "gcc",
+            "libc6-dev",
+            "make",
+            "flex",
+            "bison",
+            "bc",
+            "perl",
+            "patch",
+            "xz-utils",
+            "libssl-dev",
+            "libelf-dev",
+            "ccache",
+        ],
+        Need::Debs => &["dpkg", "apt"],
+    }
 }
 
 /// The emulator to use: `$HAVMSI_QEMU`, else the one in the search path.
@@ -119,6 +111,7 @@ fn installed(package: &str) -> bool {
 #[derive(Debug, Default)]
 struct Missing {
     targets: Vec<&'static str>,
+    components: Vec<&'static str>,
     release: Vec<&'static str>,
     new: Vec<&'static str>,
 }
@@ -139,15 +132,18 @@ impl Missing {
                 }
             }
         }
-        for package in needs.iter().flat_map(|&n| packages(n)) {
-            if !installed(package.name) {
-                if package.new_suite {
-                    missing.new.push(package.name)
-                } else {
-                    missing.release.push(package.name)
+        if needs.contains(&Need::Lints) {
+            for (component, words) in
+                [("clippy", ["clippy", "--version"]), ("rustfmt", ["fmt", "--version"])]
+            {
+                if sh::output(Command::new("cargo").args(words)).is_err() {
+                    missing.components.push(component);
                 }
             }
         }
+        missing
+            .release
+            .extend(needs.iter().flat_map(|&n| packages(n)).copied().filter(|p| !installed(p)));
         if needs.contains(&Need::Kernel) && !PathBuf::from(LINUX_SOURCE).is_file() {
             missing.new.push(LINUX_PACKAGE);
         }
@@ -165,7 +161,10 @@ impl Missing {
     }
 
     fn is_empty(&self) -> bool {
-        self.targets.is_empty() && self.release.is_empty() && self.new.is_empty()
+        self.targets.is_empty()
+            && self.components.is_empty()
+            && self.release.is_empty()
+            && self.new.is_empty()
     }
 }
 
@@ -216,6 +215,9 @@ fn install(ctx: &Ctx, missing: &Missing) -> Result<()> {
     for target in &missing.targets {
         ui::say(&format!("  Rust target {target}"));
     }
+    for component in &missing.components {
+        ui::say(&format!("  Rust component {component}"));
+    }
     for package in missing.release.iter().chain(&missing.new) {
         ui::say(&format!("  Debian package {package}"));
     }
@@ -227,6 +229,12 @@ fn install(ctx: &Ctx, missing: &Missing) -> Result<()> {
             "the Rust targets can't be added by rustup; with another tool chain manager install them by its own means",
         )?;
         step.done();
+    }
+    if !missing.components.is_empty() {
+        let mut command = Command::new("rustup");
+        command.args(["component", "add"]).args(&missing.components).current_dir(&ctx.root);
+        sh::run(&mut command, &ctx.log("setup.log"))
+            .context("the Rust components can't be added by rustup")?;
     }
     if missing.release.is_empty() && missing.new.is_empty() {
         return Ok(());
@@ -303,7 +311,7 @@ pub fn main(ctx: &Ctx, check_only: bool) -> Result<()> {
         println!("{} Rust target {target}", mark(!missing.targets.contains(&target)));
     }
     for package in ALL.iter().flat_map(|&n| packages(n)) {
-        println!("{} package {}", mark(!missing.release.contains(&package.name)), package.name);
+        println!("{} package {}", mark(!missing.release.contains(package)), package);
     }
     println!("{} package {LINUX_PACKAGE}", mark(!missing.new.contains(&LINUX_PACKAGE)));
     match qemu_version() {
@@ -342,7 +350,7 @@ mod tests {
     #[test]
     fn by_hand_names_the_commands() {
         let missing =
-            Missing { targets: vec![], release: vec!["make"], new: vec!["qemu-system-arm"] };
+            Missing { release: vec!["make"], new: vec!["qemu-system-arm"], ..Missing::default() };
         let text = by_hand(&missing, "bookworm-backports", Some("Types: deb\n"));
         assert!(text.contains("apt-get install --no-install-recommends make"), "{text}");
         assert!(text.contains("-t bookworm-backports qemu-system-arm"), "{text}");
