@@ -11,5 +11,7 @@ mod pages;
 mod psci;
 mod registers;
 mod smp;
+mod stress;
+mod translation;
 mod vgic;
 mod vm;
