@@ -100,10 +100,11 @@ impl GuestMap {
     /// touched, so that a refused call has changed nothing.
     ///
     /// # Errors
-    /// [`MapError::Taken`] if `ipa` is mapped, [`MapError::Tables`] if the pool is short.
+    /// [`MapError::Taken`] if `ipa` is mapped, or was and is lost until the VM is
+    /// reset; [`MapError::Tables`] if the pool is short.
     pub fn check(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(), MapError> {
         match self.find(hw, ipa) {
-            Ok(table) if Entry(hw.read_entry(table, level3_index(ipa))).is_valid() => {
+            Ok(table) if hw.read_entry(table, level3_index(ipa)) != Entry::INVALID.0 => {
                 Err(MapError::Taken)
             }
             Err(missing) if missing > self.pool.len => {
@@ -162,7 +163,8 @@ impl GuestMap {
     }
 
     /// Takes the page at `ipa` out of the map and of all TLBs; `None` if there
-    /// is none. A device page is only unmapped.
+    /// is none. Its place stays empty until a teardown ([`Entry::LOST`]). A
+    /// device page is only unmapped.
     pub fn unmap(
         &mut self,
         hw: &impl Hardware,
@@ -175,7 +177,7 @@ impl GuestMap {
         if !entry.is_valid() {
             return None;
         }
-        hw.write_entry(table, slot, Entry::INVALID.0);
+        hw.write_entry(table, slot, Entry::LOST.0);
         hw.invalidate_guest(self.vttbr(), ipa);
         // What a leaf of this map names is this VM's, or a device page.
         let page = pages.claim(entry.address(), Owner::Private(self.slot)).ok()?;
@@ -208,6 +210,9 @@ impl GuestMap {
         let start = level3_index(ipa);
         for slot in start..ENTRIES {
             let entry = Entry(hw.read_entry(parent, slot));
+            if entry == Entry::LOST {
+                hw.write_entry(parent, slot, Entry::INVALID.0);
+            }
             if !entry.is_valid() {
                 continue;
             }

@@ -56,6 +56,11 @@ impl Entry {
     /// Maps nothing.
     pub const INVALID: Self = Self(0);
 
+    /// Maps nothing, and says that a page of the VM's was taken away here: no
+    /// other one may come in its place, or the host could turn the guest's
+    /// memory back to zeros (I4). The hardware ignores all but bit 0.
+    pub const LOST: Self = Self(0b10);
+
     /// A level 3 entry.
     #[must_use]
     pub const fn page(pa: Pa, attributes: Attributes) -> Self {

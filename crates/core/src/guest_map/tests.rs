@@ -98,12 +98,18 @@ fn a_page_is_isolated_once_no_tlb_knows_it() {
     assert!(map.unmap(&m.hw, &m.pages, Ipa(AT.0 + 0x4000_0000)).is_none());
     m.hw.take_events();
     let page = map.unmap(&m.hw, &m.pages, AT).unwrap();
-    let events = vec![Event::Write(host_page(0), 3, 0), Event::InvalidateGuest(map.vttbr(), AT)];
+    let events =
+        vec![Event::Write(host_page(0), 3, Entry::LOST.0), Event::InvalidateGuest(map.vttbr(), AT)];
     assert_eq!(m.hw.take_events(), events);
     assert_eq!(page.pa(), host_page(10));
     assert_eq!(m.pages.owner(page.pa()), None);
     assert!(map.unmap(&m.hw, &m.pages, AT).is_none());
     give_back(&m, page);
+    // No other page comes in its place until the map was torn down.
+    assert_eq!(map.check(&m.hw, AT), Err(MapError::Taken));
+    m.hw.unload(map.vttbr());
+    map.begin_teardown(&m.hw);
+    while map.teardown(&m.hw, &m.pages, 1, |_| panic!("nothing is left")) == Step::More {}
     assert_eq!(map.check(&m.hw, AT), Ok(()));
 }
 
@@ -118,7 +124,7 @@ fn a_device_page_is_unmapped_and_belongs_to_nobody() {
     assert_eq!(m.hw.peek(host_page(0), 3), leaf);
     assert_eq!(map.map_device(&m.hw, AT, Pa(0x804_0000)), Err(MapError::Taken));
     assert!(map.unmap(&m.hw, &m.pages, AT).is_none());
-    assert_eq!(m.hw.peek(host_page(0), 3), 0);
+    assert!(!Entry(m.hw.peek(host_page(0), 3)).is_valid());
     assert_eq!(m.hw.stale(), vec![]);
 }
 
