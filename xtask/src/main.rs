@@ -61,6 +61,8 @@ enum Verb {
         #[arg(long)]
         stat: bool,
     },
+    /// Write the C header for Linux from crates/abi
+    Header,
     /// Build the kernel and the root file systems of host and guest
     Image,
     /// Boot the emulated machine, start guests, attack them, compare with plain KVM
@@ -92,6 +94,7 @@ impl Verb {
             Self::Setup { .. } => "setup",
             Self::Build => "build",
             Self::Kernel { .. } => "kernel",
+            Self::Header => "header",
             Self::Image => "image",
             Self::Run(_) => "run",
             Self::Test(_) => "test",
@@ -123,6 +126,20 @@ impl Ctx {
     pub fn target_dir(&self) -> PathBuf {
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| self.root.join("target"), PathBuf::from)
     }
+}
+
+/// The `header` verb: crates/abi is the only source of the numbers.
+fn header(ctx: &Ctx) -> Result<()> {
+    let path = ctx.root.join("linux/files/arch/arm64/include/asm/havmsi_abi.h");
+    let mut text = String::new();
+    havmsi_abi::header::write(&mut text).context("the header can't be formatted")?;
+    if fs::read_to_string(&path).is_ok_and(|old| old == text) {
+        println!("{} is up to date", path.display());
+    } else {
+        sh::write(&path, text)?;
+        println!("wrote {}", path.display());
+    }
+    Ok(())
 }
 
 fn clean(ctx: &Ctx, cache: bool) -> Result<()> {
@@ -193,6 +210,7 @@ fn real_main() -> Result<()> {
         Verb::Setup { check } => setup::main(&ctx, check),
         Verb::Build => build::main(&ctx),
         Verb::Kernel { stat } => kernel::main(&ctx, stat),
+        Verb::Header => header(&ctx),
         Verb::Image => image::main(&ctx),
         Verb::Run(args) => run::main(&ctx, &args),
         Verb::Test(args) => test::main(&ctx, &args),
