@@ -9,9 +9,11 @@
 
 pub mod barrier;
 pub mod cache;
+#[cfg(feature = "juno")]
 pub mod css;
 pub mod debug;
 pub mod fpsimd;
+#[cfg(feature = "qemu")]
 pub mod fw_cfg;
 pub mod gic;
 pub mod idreg;
@@ -19,6 +21,7 @@ pub mod machine;
 mod mmio;
 pub mod phys;
 pub mod pl011;
+#[cfg(feature = "qemu")]
 pub mod pl061;
 pub mod sysreg;
 pub mod tlb;

@@ -37,12 +37,14 @@ impl Registers {
         unsafe { at.write_volatile(value) }
     }
 
+    #[cfg(feature = "qemu")]
     pub(crate) fn write16(self, offset: usize, value: u16) {
         let at = with_exposed_provenance_mut::<u16>(self.address(offset, 2));
         // SAFETY: within the window and aligned; the window is a device (`new`).
         unsafe { at.write_volatile(value) }
     }
 
+    #[cfg(feature = "qemu")]
     pub(crate) fn read8(self, offset: usize) -> u8 {
         let at = with_exposed_provenance_mut::<u8>(self.address(offset, 1));
         // SAFETY: within the window; the window is a device (`new`).
