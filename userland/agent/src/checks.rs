@@ -6,7 +6,7 @@ use crate::guest::{Corrupt, Guest, RAM};
 use crate::params::Params;
 use crate::{out, sys};
 use havmsi_abi::layout::carveout;
-use havmsi_abi::{Function, MAX_VMS, PAGE_SIZE};
+use havmsi_abi::{Error, Function, MAX_VMS, PAGE_SIZE};
 use havmsi_proto::json::{Object, field};
 use havmsi_proto::{Seed, VMM_PREFIX};
 use std::fs::File;
@@ -401,14 +401,13 @@ impl<'a> Field<'a> {
     /// nothing, and the answer tells whether the handle is one.
     fn find_handles(&self) -> Vec<u64> {
         const GENERATIONS: u64 = 64;
-        const INVALID: i64 = -3;
         let slots = 1..=MAX_VMS as u64;
         slots
             .flat_map(|slot| (0..GENERATIONS).map(move |g| g << 16 | slot))
             .filter(|handle| {
                 let id = Function::VmActivate.id().into();
                 let answer = self.attacker.smc(&[id, *handle]);
-                answer.is_ok_and(|x| x[0].cast_signed() != INVALID)
+                answer.is_ok_and(|x| x[0].cast_signed() != Error::Invalid.code())
             })
             .collect()
     }
@@ -430,15 +429,29 @@ impl<'a> Field<'a> {
         Ok(change)
     }
 
+    /// `PAGE_MAP`: 0, or the status with which the monitor refused. Only an answer about the page
+    /// counts, not that it was busy or short of table memory.
+    fn page_map(&self, vm: u64, ipa: u64, pa: u64) -> Result<i64, String> {
+        let refusals = [Error::Denied, Error::Invalid].map(Error::code);
+        let mut status = 0;
+        for _ in 0..100 {
+            let x = self.attacker.smc(&[Function::PageMap.id().into(), vm, ipa, pa, PAGE_SIZE]);
+            status = x.map_err(|e| format!("SMC: {e}"))?[0].cast_signed();
+            if status == 0 || refusals.contains(&status) {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Err(format!("PAGE_MAP keeps answering {status}: that says nothing about the page"))
+    }
+
     /// Asks the monitor to map a page at an address of each VM: how many times it did.
     fn ask_monitor(&self, ipas: &[u64], pa: u64) -> Result<(usize, String), String> {
         let mut answers = Vec::new();
         let mut mapped = 0;
         for handle in &self.handles {
             for ipa in ipas {
-                let id = Function::PageMap.id().into();
-                let x = self.attacker.smc(&[id, *handle, *ipa, pa, PAGE_SIZE]);
-                let status = x.map_err(|e| format!("SMC: {e}"))?[0].cast_signed();
+                let status = self.page_map(*handle, *ipa, pa)?;
                 mapped += usize::from(status == 0);
                 answers.push(status.to_string());
             }
