@@ -4,7 +4,7 @@
 //! The same release of QEMU that starts the guest on the host is started here, stopped before
 //! its first instruction, and its RAM read back: boot stub, kernel, initramfs, device tree.
 //! The tree that it makes for its own emulated CPU differs from the one for KVM in the CPU's
-//! `compatible` (and in the PMU node, which `pmu=off` leaves out); that is corrected.
+//! `compatible` (and in the PMU node, which `pmu=off` leaves out); that is corrected, to the byte.
 //! The digest itself is made by the code that the monitor runs.
 
 use std::fs;
@@ -88,7 +88,7 @@ fn launch_ram(ctx: &Ctx, args: &Args, kernel: &Path, initrd: &Path) -> Result<Ve
     let dump = dir.join(format!("ram-{}.bin", args.gic));
     let mut command = Command::new(setup::qemu());
     command
-        .args(["-M", &format!("virt,gic-version={},its=off,dtb-randomness=off", args.gic)])
+        .args(["-M", &format!("virt,gic-version={},dtb-randomness=off", args.gic)])
         .args(["-accel", "tcg", "-cpu", "cortex-a57,pmu=off"])
         .args(["-smp", &args.vcpus.to_string(), "-m", &args.mem.to_string()])
         .args([
@@ -170,57 +170,80 @@ fn find_tree(ram: &[u8]) -> Result<usize> {
     }
 }
 
-/// Replaces each value `old` of a property in place, as libfdt does: what follows moves.
-fn replace_values(tree: &mut Vec<u8>, property: &str, old: &[u8], new: &[u8]) -> Result<usize> {
-    let total = be32(tree, 4)?;
-    tree.truncate(total);
-    let structure = be32(tree, 8)?;
-    let strings = be32(tree, 12)?;
-    let mut at = structure;
+/// The name of a property.
+fn property_name(tree: &[u8], strings: usize, at: usize) -> Result<&[u8]> {
+    let start = strings + be32(tree, at + 8)?;
+    let name = tree.get(start..).context("bad name")?;
+    Ok(name.split(|&b| b == 0).next().unwrap_or_default())
+}
+
+/// Replaces the `compatible` of every CPU in place, down to the padding.
+///
+/// libfdt makes room and does not clear it, so the padding after a value shows what lay there
+/// before. QEMU adds CPUs from the last to the first, each in front of the others, and in each
+/// node `compatible` in front of `device_type`, then `enable-method` in front of that:
+/// - after `compatible` lies the last byte of the token that followed the node then: the begin
+///   of the next CPU (1), or the end of `/cpus` (2) for the last one;
+/// - after `psci` lie bytes 5 to 7 of `compatible`'s value.
+fn replace_cpus(tree: &mut Vec<u8>, old: &[u8], new: &[u8]) -> Result<usize> {
+    let mut strings = be32(tree, 12)?;
+    let mut size = be32(tree, 36)?;
+    let mut at = be32(tree, 8)?;
+    let mut last_pad = None;
+    let mut before = None;
     let mut done = 0;
-    let mut grown = 0_isize;
     loop {
         match be32(tree, at)? {
             1 => {
-                let name = tree
-                    .get(at + 4..)
-                    .context("cut short")?
-                    .iter()
-                    .position(|&b| b == 0)
-                    .context("no end of a name")?;
-                at = (at + 4 + name + 1).next_multiple_of(4);
+                let name = tree.get(at + 4..).context("cut short")?.iter().position(|&b| b == 0);
+                at = (at + 4 + name.context("no end of a name")? + 1).next_multiple_of(4);
             }
-            2 | 4 => at += 4,
+            2 | 4 => {
+                at += 4;
+                before = None;
+            }
             3 => {
-                let (len, name_at) = (be32(tree, at + 4)?, be32(tree, at + 8)?);
+                let len = be32(tree, at + 4)?;
                 let value = at + 12;
-                let name_start = strings.checked_add_signed(grown).context("bad tree")? + name_at;
-                let name: Vec<u8> = tree
-                    .get(name_start..)
-                    .context("bad name")?
-                    .iter()
-                    .copied()
-                    .take_while(|&b| b != 0)
-                    .collect();
                 let mut end = (value + len).next_multiple_of(4);
-                if name == property.as_bytes() && tree.get(value..value + len) == Some(old) {
+                let is_cpu = property_name(tree, strings, at)? == b"compatible"
+                    && tree.get(value..value + len) == Some(old);
+                if is_cpu {
+                    if let Some(method) = before
+                        && property_name(tree, strings, method)? == b"enable-method"
+                        && be32(tree, method + 4)? == 5
+                    {
+                        let pad = new.get(5..8).context("short name")?;
+                        tree.get_mut(method + 17..method + 20)
+                            .context("cut short")?
+                            .copy_from_slice(pad);
+                    }
                     let mut padded = new.to_vec();
                     padded.resize(new.len().next_multiple_of(4), 0);
-                    let change = padded.len().cast_signed() - (end - value).cast_signed();
                     tree.splice(value..end, padded.iter().copied());
                     put32(tree, at + 4, new.len())?;
-                    grown += change;
+                    let shrink =
+                        (end - value).checked_sub(padded.len()).context("longer than before")?;
+                    strings -= shrink;
+                    size -= shrink;
                     end = value + padded.len();
+                    if padded.len() > new.len() {
+                        *tree.get_mut(end - 1).context("cut short")? = 1;
+                        last_pad = Some(end - 1);
+                    }
                     done += 1;
                 }
+                before = Some(at);
                 at = end;
             }
             9 => break,
             other => bail!("unknown token {other:#x} in the device tree"),
         }
     }
-    put32(tree, 12, strings.checked_add_signed(grown).context("bad tree")?)?;
-    let size = be32(tree, 36)?.checked_add_signed(grown).context("bad tree")?;
+    if let Some(last) = last_pad.and_then(|p| tree.get_mut(p)) {
+        *last = 2;
+    }
+    put32(tree, 12, strings)?;
     put32(tree, 36, size)?;
     Ok(done)
 }
@@ -230,14 +253,8 @@ fn correct_tree(ram: &mut [u8]) -> Result<()> {
     let at = find_tree(ram)?;
     let old_total = be32(ram, at + 4)?;
     let mut tree = ram.get(at..at + old_total).context("the device tree runs out of RAM")?.to_vec();
-    let end_of = |t: &[u8]| -> Result<usize> { Ok(be32(t, 12)? + be32(t, 32)?) };
-    let packed = end_of(&tree)? == old_total;
-    if replace_values(&mut tree, "compatible", b"arm,cortex-a57\0", b"arm,armv8\0")? == 0 {
+    if replace_cpus(&mut tree, b"arm,cortex-a57\0", b"arm,arm-v8\0")? == 0 {
         bail!("no CPU in the guest's device tree");
-    }
-    if packed {
-        let total = end_of(&tree)?;
-        put32(&mut tree, 4, total)?;
     }
     tree.resize(old_total, 0);
     ram.get_mut(at..at + old_total)
@@ -267,12 +284,8 @@ pub fn compute(ctx: &Ctx, args: &Args) -> Result<String> {
     }
     let config =
         Config { ipa_bits: args.ipa_bits, gic: args.gic.into(), max_vcpus: args.vcpus.into() };
-    // QEMU's `virt` has two flash banks in front of RAM: blank, but declared.
-    let ranges = [
-        Range { base: 0, size: 64 << 20 },
-        Range { base: 64 << 20, size: 64 << 20 },
-        Range { base: RAM_BASE, size: args.mem << 20 },
-    ];
+    // QEMU's flash banks are no RAM to KVM, which takes no read-only memory under the monitor.
+    let ranges = [Range { base: RAM_BASE, size: args.mem << 20 }];
     let boot = Boot { pc: RAM_BASE, x: [0; 4] };
     Ok(hex(&launch.digest(&config, ranges.iter(), std::iter::once((0, boot)))))
 }
@@ -297,26 +310,29 @@ mod tests {
     use dtoolkit::fdt::Fdt;
     use dtoolkit::model::{DeviceTree, DeviceTreeNode, DeviceTreeProperty};
 
+    fn cpu(name: &str, compatible: &[u8]) -> DeviceTreeNode {
+        let mut node = DeviceTreeNode::new(name).unwrap();
+        node.add_property(DeviceTreeProperty::new("enable-method", &b"psci\0"[..]).unwrap());
+        node.add_property(DeviceTreeProperty::new("compatible", compatible).unwrap());
+        node.add_property(DeviceTreeProperty::new("device_type", &b"cpu\0"[..]).unwrap());
+        node
+    }
+
     #[test]
-    fn a_shorter_value_moves_what_follows() {
-        let mut tree = DeviceTree::new();
-        let mut node = DeviceTreeNode::new("cpu@0").unwrap();
-        node.add_property(DeviceTreeProperty::new("compatible", &b"arm,cortex-a57\0"[..]).unwrap());
-        node.add_property(DeviceTreeProperty::new("reg", 7_u32).unwrap());
-        let mut wanted_node = DeviceTreeNode::new("cpu@0").unwrap();
-        wanted_node
-            .add_property(DeviceTreeProperty::new("compatible", &b"arm,armv8\0"[..]).unwrap());
-        wanted_node.add_property(DeviceTreeProperty::new("reg", 7_u32).unwrap());
-        tree.root.add_child(node);
-        let mut wanted = DeviceTree::new();
-        wanted.root.add_child(wanted_node);
-        let mut blob = tree.to_dtb();
-        assert_eq!(
-            replace_values(&mut blob, "compatible", b"arm,cortex-a57\0", b"arm,armv8\0").unwrap(),
-            1
-        );
+    fn the_cpus_of_kvm_down_to_the_padding() {
+        let tree = |compatible: &[u8]| {
+            let mut tree = DeviceTree::new();
+            tree.root.add_child(cpu("cpu@0", compatible));
+            tree.root.add_child(cpu("cpu@1", compatible));
+            tree
+        };
+        let mut blob = tree(b"arm,cortex-a57\0").to_dtb();
+        assert_eq!(replace_cpus(&mut blob, b"arm,cortex-a57\0", b"arm,arm-v8\0").unwrap(), 2);
         let total = be32(&blob, 12).unwrap() + be32(&blob, 32).unwrap();
         put32(&mut blob, 4, total).unwrap();
-        assert_eq!(DeviceTree::from_fdt(&Fdt::new(&blob).unwrap()), wanted);
+        assert_eq!(DeviceTree::from_fdt(&Fdt::new(&blob).unwrap()), tree(b"arm,arm-v8\0"));
+        let all = |word: &[u8]| blob.windows(word.len()).filter(|w| *w == word).count();
+        assert_eq!(all(b"psci\0rm-"), 2);
+        assert_eq!((all(b"arm,arm-v8\0\x01"), all(b"arm,arm-v8\0\x02")), (1, 1));
     }
 }
