@@ -35,12 +35,12 @@ impl Hardware for Machine {
         cache::invalidate_icache_all();
     }
 
-    fn invalidate_host(&self, ipa: Ipa) {
-        tlb::invalidate_ipa(self.host_vttbr, ipa.0);
+    fn invalidate_host(&self, _ipa: Ipa) {
+        tlb::invalidate_vmid(self.host_vttbr);
     }
 
-    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa) {
-        tlb::invalidate_ipa(vttbr, ipa.0);
+    fn invalidate_guest(&self, vttbr: u64, _ipa: Ipa) {
+        tlb::invalidate_vmid(vttbr);
     }
 
     fn invalidate_guest_all(&self, vttbr: u64) {

@@ -41,23 +41,13 @@ fn with_vttbr(vttbr: u64, f: impl FnOnce()) {
     barrier::isb();
 }
 
-/// Removes the translation of the page at `ipa` (bytes) under `vttbr` from the
-/// TLBs of all CPUs, after the entry was changed in memory.
+/// Removes all translations under `vttbr` (stage 1, 2, combined) from the TLBs
+/// of all CPUs, after entries were changed in memory.
 ///
-/// IPAS2E1IS removes stage-2 entries only; combined ones are not found by IPA,
-/// so all stage-1 entries of the VMID go too (D8.17.5).
-pub fn invalidate_ipa(vttbr: u64, ipa: u64) {
-    barrier::dsb_ishst();
-    with_vttbr(vttbr, || {
-        // SAFETY: removing TLB entries of lower levels changes no memory.
-        unsafe {
-            asm!("tlbi ipas2e1is, {}", "dsb ish", "tlbi vmalle1is", "dsb ish", "isb",
-                 in(reg) ipa >> 12, options(nostack, preserves_flags));
-        }
-    });
-}
-
-/// Removes all translations under `vttbr` (stage 1, 2, combined) from all CPUs.
+/// Also for a single page: TLBI IPAS2E1IS alone would leave combined entries,
+/// which are not found by IPA, so that a VMALLE1IS must follow (Arm ARM D8.17.5);
+/// the two and their barriers cost more than this one, which spares nothing but
+/// what TLBs hold of stage 2 alone.
 pub fn invalidate_vmid(vttbr: u64) {
     barrier::dsb_ishst();
     with_vttbr(vttbr, || {
