@@ -71,9 +71,10 @@ pub fn wait() {
     unsafe { asm!("wfe", options(nomem, nostack, preserves_flags)) }
 }
 
-fn wake_all() {
-    // SAFETY: only wakes.
-    unsafe { asm!("dsb ish", "sev", options(nostack, preserves_flags)) }
+/// Waits for an interrupt; one that is masked ends it too.
+fn wait_for_interrupt() {
+    // SAFETY: only waits.
+    unsafe { asm!("dsb sy", "wfi", options(nostack, preserves_flags)) }
 }
 
 /// Ticks of the physical counter.
@@ -116,10 +117,11 @@ extern "C" fn secondary(cpu: usize) -> ! {
     gic::init_cpu();
     let job = &JOBS[cpu % MAX_CPUS];
     job.state.store(IDLE, Ordering::SeqCst);
-    wake_all();
     loop {
+        // With WFE an emulated CPU would keep a core of the build machine busy.
         while job.state.load(Ordering::SeqCst) != WORK {
-            wait();
+            wait_for_interrupt();
+            gic::take_pending();
         }
         let address = job.function.load(Ordering::SeqCst);
         // SAFETY: `start` stored a function there.
@@ -132,7 +134,6 @@ extern "C" fn secondary(cpu: usize) -> ! {
             Err(_) => BROKEN,
         };
         job.state.store(end, Ordering::SeqCst);
-        wake_all();
     }
 }
 
@@ -150,7 +151,7 @@ pub fn start(cpu: usize, function: Function, argument: u64) -> Result<(), Failur
         if result != 0 {
             return Err(Failure::new(format_args!("CPU_ON of CPU {cpu}: {:#x}", result)));
         }
-        let end = now() + milliseconds(5000);
+        let end = now() + milliseconds(20_000);
         while job.state.load(Ordering::SeqCst) == OFF {
             if now() > end {
                 return Err(Failure::new(format_args!("CPU {cpu} did not come up")));
@@ -160,7 +161,7 @@ pub fn start(cpu: usize, function: Function, argument: u64) -> Result<(), Failur
     job.function.store(function as *const () as usize, Ordering::SeqCst);
     job.argument.store(argument, Ordering::SeqCst);
     job.state.store(WORK, Ordering::SeqCst);
-    wake_all();
+    gic::send(cpu as u64);
     Ok(())
 }
 
@@ -176,6 +177,20 @@ pub fn join(cpu: usize) -> Result<u64, Failure> {
                 return Err(Failure::new(format_args!("CPU {cpu} does not end its job")));
             }
             _ => {}
+        }
+    }
+}
+
+/// Tells jobs that go on until they are told otherwise.
+pub static STOP: AtomicU64 = AtomicU64::new(0);
+
+/// Ends what a failed test left running.
+pub fn stop_all() {
+    STOP.store(1, Ordering::SeqCst);
+    for (cpu, job) in JOBS.iter().enumerate() {
+        if job.state.load(Ordering::SeqCst) == WORK {
+            // Its result is nobody's.
+            let _ = join(cpu);
         }
     }
 }

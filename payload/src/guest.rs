@@ -322,7 +322,7 @@ impl Vcpu {
         {
             self.entry.flags.0 |= EntryFlags::COMPLETE;
         }
-        gic::alarm(10_000);
+        gic::alarm(20_000);
         let exit = loop {
             let exit = match self.run_once() {
                 Ok(exit) => exit,

@@ -221,8 +221,11 @@ fn run(test: &Test) -> Outcome {
         0
     }
     let guarded = exception::guard(call, (&raw mut state).expose_provenance() as u64);
-    guarded?;
+    let outcome = guarded.and(outcome);
     // What a failed test left.
+    if outcome.is_err() {
+        cpu::stop_all();
+    }
     let left = smc::host(Function::Stats, &[])?[0];
     if left != 0 {
         smc::until_done(Function::HostReset, &[], 1_000_000)?;

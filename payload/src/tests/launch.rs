@@ -73,10 +73,10 @@ fn no_swap_behind_the_measurement() -> Outcome {
     vm.call(Function::PageUnmap, &[RAM, 1])?;
     ensure!(memory::is_zero(page), "the image page came back with its content");
     fill(page, 1);
-    expect!(vm.call(Function::VmPopulate, &[RAM, page]), Err(INVALID));
+    expect!(vm.call(Function::VmPopulate, &[RAM, page]), Err(DENIED));
     vm.call(Function::VmActivate, &[])?;
-    vm.call(Function::PageMap, &[RAM, page, 4096])?;
-    vm.call(Function::PageUnmap, &[RAM, 1])?;
+    expect!(vm.call(Function::PageMap, &[RAM, page, 4096]), Err(DENIED));
+    expect!(first_change(page, 1), None);
     vm.destroy()
 }
 test!(no_swap_behind_the_measurement, "T11");

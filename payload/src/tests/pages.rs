@@ -318,7 +318,16 @@ fn unmap() -> Outcome {
     expect!(vm.call(Function::PageUnmap, &[0, 32])?[0], 32);
     expect!(vm.call(Function::PageUnmap, &[RAM + RAM_SIZE - 4096, 2])?[0], 2);
     for (i, page) in (0..).zip(pages) {
-        vm.call(Function::PageMap, &[FREE + i * 4096, page, 4096])?;
+        // What was taken can't be replaced by zeros.
+        expect!(vm.call(Function::PageMap, &[FREE + i * 3 * 4096, page, 4096]), Err(DENIED));
+        expect!(memory::first_change(page, 1), None);
+        vm.call(Function::PageMap, &[FREE + (i * 3 + 1) * 4096, page, 4096])?;
+    }
+    // Until the next launch.
+    until_done(Function::VmReset, &[vm.handle], 100)?;
+    vm.boot(nothing(), [0; 4])?;
+    for (i, page) in (0..).zip(pages) {
+        vm.call(Function::PageMap, &[FREE + i * 3 * 4096, page, 4096])?;
     }
     vm.destroy()?;
     for page in pages {
@@ -326,7 +335,7 @@ fn unmap() -> Outcome {
     }
     Ok(())
 }
-test!(unmap, "T24");
+test!(unmap, "T11 T24");
 
 /// Reset: all private pages come back wiped, the launch is open, the handle,
 /// vCPUs, RAM and pool stay. Twice is once.

@@ -129,7 +129,7 @@ fn on_and_off() -> Outcome {
         expect!(ask(psci::AFFINITY_INFO_64, 1, 0, 0), 0);
         expect!(ask(psci::CPU_ON_64, 1, cpu::entry(), 1), psci::ALREADY_ON);
         cpu::start(1, turn_off, 0)?;
-        let end = cpu::now() + cpu::milliseconds(5000);
+        let end = cpu::now() + cpu::milliseconds(20_000);
         while ask(psci::AFFINITY_INFO_64, 1, 0, 0) != 1 {
             ensure!(cpu::now() < end, "CPU 1 is not off in round {round}");
         }
@@ -148,7 +148,7 @@ static SEEN: AtomicU64 = AtomicU64::new(0);
 extern "C" fn take_interrupt(_: u64) -> u64 {
     gic::LAST.store(0, Ordering::SeqCst);
     SEEN.store(1, Ordering::SeqCst);
-    let end = cpu::now() + cpu::milliseconds(2000);
+    let end = cpu::now() + cpu::milliseconds(20_000);
     while gic::LAST.load(Ordering::SeqCst) == 0 && cpu::now() < end {
         gic::take_pending();
     }
@@ -159,7 +159,7 @@ extern "C" fn take_interrupt(_: u64) -> u64 {
 /// CPU's of another.
 fn interrupts() -> Outcome {
     gic::alarm(1);
-    let end = cpu::now() + cpu::milliseconds(2000);
+    let end = cpu::now() + cpu::milliseconds(20_000);
     gic::LAST.store(0, Ordering::SeqCst);
     while gic::LAST.load(Ordering::SeqCst) == 0 && cpu::now() < end {
         gic::take_pending();
@@ -183,7 +183,7 @@ fn suspend() -> Outcome {
     let start = cpu::now();
     expect!(ask(psci::CPU_SUSPEND_64, 0, 0, 0), 0);
     let slept = cpu::now() - start;
-    ensure!(slept < cpu::milliseconds(5000), "{slept} ticks");
+    ensure!(slept < cpu::milliseconds(20_000), "{slept} ticks");
     gic::quiet();
     // With an entry point that is none: it is not used.
     gic::alarm(5);

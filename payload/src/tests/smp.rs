@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use havmsi_abi::{Exit, ExitClass, Function};
 
+use crate::cpu::STOP;
 use crate::guest::{FREE, Vcpu, Vm, spin};
 use crate::harness::{Outcome, several_cpus};
 use crate::memory;
@@ -14,7 +15,6 @@ use crate::{cpu, ensure, expect, gic, guest_program, test};
 static HANDLE: AtomicU64 = AtomicU64::new(0);
 static PAGE: AtomicU64 = AtomicU64::new(0);
 static GO: AtomicU64 = AtomicU64::new(0);
-static STOP: AtomicU64 = AtomicU64::new(0);
 static RUNS: AtomicU64 = AtomicU64::new(0);
 
 /// Runs vCPU 0 for some milliseconds.
@@ -38,21 +38,16 @@ fn busy() -> Outcome {
     HANDLE.store(vm.handle, Ordering::SeqCst);
     PAGE.store(vcpu.page, Ordering::SeqCst);
     GO.store(0, Ordering::SeqCst);
-    cpu::start(1, run_for, 1500)?;
+    cpu::start(1, run_for, 3000)?;
     while GO.load(Ordering::SeqCst) == 0 {}
     // Let it get into the guest.
-    let end = cpu::now() + cpu::milliseconds(100);
+    let end = cpu::now() + cpu::milliseconds(300);
     while cpu::now() < end {}
-    let mut seen = 0;
-    while cpu::now() < end + cpu::milliseconds(500) {
-        expect!(host(Function::VcpuRun, &[vm.handle, 0]), Err(BUSY));
-        expect!(vm.call(Function::VmReset, &[]), Err(BUSY));
-        expect!(vm.call(Function::VmDestroy, &[]), Err(BUSY));
-        expect!(host(Function::HostReset, &[]), Err(BUSY));
-        expect!(other.run_once(), Err(STATE));
-        seen += 1;
-    }
-    ensure!(seen > 0, "nothing was tried");
+    expect!(host(Function::VcpuRun, &[vm.handle, 0]), Err(BUSY));
+    expect!(vm.call(Function::VmReset, &[]), Err(BUSY));
+    expect!(vm.call(Function::VmDestroy, &[]), Err(BUSY));
+    expect!(host(Function::HostReset, &[]), Err(BUSY));
+    expect!(other.run_once(), Err(STATE));
     let page = vm.map(FREE)?;
     vm.call(Function::PageUnmap, &[FREE, 1])?;
     memory::poke(page, 1)?;
@@ -93,35 +88,39 @@ extern "C" fn keep_running(_: u64) -> u64 {
     0
 }
 
+fn taken_from_a_running_guest(vm: &Vm, page: u64, round: u64) -> Outcome {
+    let end = cpu::now() + cpu::milliseconds(1 + round % 4);
+    while cpu::now() < end {}
+    vm.call(Function::PageUnmap, &[FREE, 1])?;
+    ensure!(memory::is_zero(page), "round {round}: written after it was taken");
+    memory::fill(page, !round);
+    for _ in 0..50 {
+        let first = memory::first_change(page, !round);
+        ensure!(first.is_none(), "round {round}: the guest wrote to {first:x?}");
+    }
+    Ok(())
+}
+
 /// A page is taken from a running guest again and again: as soon as the call
 /// returns the guest can't change it (T13).
 fn unmap_while_it_runs() -> Outcome {
     let (vm, vcpu, _) = Vm::launch_two(gic::version(), writer(), [0; 4])?;
     HANDLE.store(vm.handle, Ordering::SeqCst);
     PAGE.store(vcpu.page, Ordering::SeqCst);
-    STOP.store(0, Ordering::SeqCst);
     RUNS.store(0, Ordering::SeqCst);
     let page = memory::take(1);
-    cpu::start(1, keep_running, 0)?;
-    let outcome = (|| {
-        for round in 0..300 {
-            memory::fill(page, round);
-            vm.call(Function::PageMap, &[FREE, page, 4096])?;
-            let end = cpu::now() + cpu::milliseconds(1);
-            while cpu::now() < end {}
-            vm.call(Function::PageUnmap, &[FREE, 1])?;
-            ensure!(memory::is_zero(page), "round {round}: written after it was taken");
-            memory::fill(page, !round);
-            for _ in 0..50 {
-                let first = memory::first_change(page, !round);
-                ensure!(first.is_none(), "round {round}: the guest wrote to {first:x?}");
-            }
-        }
-        Ok(())
-    })();
-    STOP.store(1, Ordering::SeqCst);
-    expect!(cpu::join(1)?, 0);
-    outcome?;
+    for round in 0..40 {
+        STOP.store(0, Ordering::SeqCst);
+        memory::fill(page, round);
+        vm.call(Function::PageMap, &[FREE, page, 4096])?;
+        cpu::start(1, keep_running, 0)?;
+        let outcome = taken_from_a_running_guest(&vm, page, round);
+        STOP.store(1, Ordering::SeqCst);
+        expect!(cpu::join(1)?, 0);
+        outcome?;
+        until_done(Function::VmReset, &[vm.handle], 100)?;
+        vm.boot(writer(), [0; 4])?;
+    }
     ensure!(RUNS.load(Ordering::Relaxed) > 10, "it did not run");
     vm.destroy()
 }
@@ -144,7 +143,17 @@ extern "C" fn touch(page: u64) -> u64 {
     count
 }
 
-guest_program!(reader, "movz x4, #0x4010, lsl #16", "1: ldr x1, [x4]", "str x1, [x20]", "b 1b");
+guest_program!(
+    reader,
+    // From where the host says, five times.
+    "1: ldr x4, [x20, #8]",
+    "mov x5, #5",
+    "2: ldr x1, [x4]",
+    "str x1, [x20]",
+    "subs x5, x5, #1",
+    "b.ne 2b",
+    "b 1b"
+);
 
 /// The host writes a page on another CPU while it is donated: the guest sees
 /// zeros, always.
@@ -154,15 +163,17 @@ fn write_while_it_is_donated() -> Outcome {
     STOP.store(0, Ordering::SeqCst);
     cpu::start(1, touch, page)?;
     let outcome = (|| {
-        expect!(vcpu.expect(ExitClass::Fault)?.ipa, FREE);
         for round in 0..200 {
-            vm.call(Function::PageMap, &[FREE, page, 4096])?;
+            let ipa = FREE + round * 4096;
+            vcpu.expect(ExitClass::MmioRead)?;
+            vcpu.complete(ipa);
+            expect!(vcpu.expect(ExitClass::Fault)?.ipa, ipa);
+            vm.call(Function::PageMap, &[ipa, page, 4096])?;
             for _ in 0..5 {
                 let seen = vcpu.report(0)?;
                 ensure!(seen == 0, "round {round}: the guest reads {seen:#x}");
             }
-            vm.call(Function::PageUnmap, &[FREE, 1])?;
-            expect!(vcpu.expect(ExitClass::Fault)?.ipa, FREE);
+            vm.call(Function::PageUnmap, &[ipa, 1])?;
         }
         Ok(())
     })();
@@ -299,7 +310,7 @@ fn all_calls_at_once() -> Outcome {
             *started = true;
         }
     }
-    let end = cpu::now() + cpu::milliseconds(4000);
+    let end = cpu::now() + cpu::milliseconds(3000);
     while cpu::now() < end {
         host(Function::Stats, &[])?;
     }
