@@ -15,6 +15,7 @@ use crate::{host, platform};
 const EC_SHIFT: u32 = 26;
 const S1PTW: u64 = 1 << 7;
 const WNR: u64 = 1 << 6;
+const CM: u64 = 1 << 8;
 const FNV: u64 = 1 << 10;
 /// Fault status: its kind without the level; permission faults.
 const FSC_KIND: u64 = 0x3c;
@@ -34,8 +35,10 @@ pub fn handle(frame: &mut Frame, esr: u64) {
     let walk = esr & S1PTW != 0;
     let execute = !walk && esr >> EC_SHIFT == ec::INSTRUCTION_ABORT;
     // Where a walk may not even read, there is no leaf; where it lacks a
-    // permission, it is to write (FEAT_HAFDBS). Cache maintenance says "write".
-    let write = if walk { esr & FSC_KIND == FSC_PERMISSION } else { !execute && esr & WNR != 0 };
+    // permission, it is to write (FEAT_HAFDBS). Cache maintenance says "write", but
+    // needs that right only where it says that it lacks it.
+    let permission = esr & FSC_KIND == FSC_PERMISSION;
+    let write = if walk || esr & CM != 0 { permission } else { !execute && esr & WNR != 0 };
     let verdict = world.with_host_map(|map| map.resolve(&world.machine, Ipa(ipa), write, execute));
     if verdict == Resolution::Refused {
         let far = if esr & FNV == 0 { far } else { 0 };

@@ -147,7 +147,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
                 tables += 1;
                 for k in 0..ENTRIES {
                     let entry = Entry(self.hw.read_entry(level3, k));
-                    if entry.is_valid() {
+                    if entry != Entry::INVALID {
                         leaf(self, Ipa(at2 + k as u64 * PAGE_SIZE), entry, PAGE_SIZE)?;
                     }
                 }
@@ -157,7 +157,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
     }
 
     /// The host's map: every page of the host is there, every page of a VM is
-    /// the zero frame, nothing else is but devices (I1, I2, I3).
+    /// hidden or the zero frame, nothing else is but devices (I1, I2, I3).
     ///
     /// # Errors
     /// What does not hold.
@@ -185,7 +185,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
                 shown += size / PAGE_SIZE;
             } else if size != PAGE_SIZE {
                 return Err(Violation::HostLeaf(ipa, entry));
-            } else if entry == hidden {
+            } else if entry == hidden || entry == Entry::HIDDEN {
                 if !matches!(owner(pa), Some(Owner::Table(_) | Owner::Private(_))) {
                     return Err(Violation::HostOwner(ipa));
                 }
@@ -231,6 +231,9 @@ impl<'a, H: Hardware> Audit<'a, H> {
         }
         let before = self.found;
         let tables = self.walk(vm.map.root, Owner::Table(slot), |audit, ipa, entry, size| {
+            if entry == Entry::LOST {
+                return Ok(());
+            }
             let pa = entry.address();
             let form = Violation::GuestLeaf(slot, ipa, entry);
             if size != PAGE_SIZE || ipa.0 >> vm.config().ipa_bits != 0 {

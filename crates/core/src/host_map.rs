@@ -206,16 +206,8 @@ impl HostMap {
         Ok(level3)
     }
 
-    fn replace(&mut self, hw: &impl Hardware, pa: Pa, entry: Entry) -> Result<(), Error> {
-        let table = self.split_to_page(hw, pa)?;
-        let slot = level3_index(Ipa(pa.0));
-        hw.write_entry(table, slot, Entry::INVALID.0);
-        hw.invalidate_host(Ipa(pa.0));
-        hw.write_entry(table, slot, entry.0);
-        Ok(())
-    }
-
-    /// Takes a host page out of the host's map; the host reads zeros there.
+    /// Takes a host page out of the host's map and all TLBs. If the host reads
+    /// there it finds zeros ([`Self::resolve`]).
     ///
     /// # Errors
     /// [`Error::Denied`], with the page given back, if no table can map it
@@ -226,9 +218,13 @@ impl HostMap {
         pages: &Pages<'_>,
         page: Page<Claimed>,
     ) -> Result<Page<Isolated>, Error> {
-        let zero = Entry::page(self.zero_frame(), Attributes::ReadOnly);
-        match self.replace(hw, page.pa(), zero) {
-            Ok(()) => Ok(page.isolated()),
+        let ipa = Ipa(page.pa().0);
+        match self.split_to_page(hw, page.pa()) {
+            Ok(table) => {
+                hw.write_entry(table, level3_index(ipa), Entry::HIDDEN.0);
+                hw.invalidate_host(ipa);
+                Ok(page.isolated())
+            }
             Err(error) => {
                 pages.unclaim(page);
                 Err(error)
@@ -238,40 +234,70 @@ impl HostMap {
 
     /// Gives a page to the host: maps it and settles it.
     pub fn show(&mut self, hw: &impl Hardware, pages: &Pages<'_>, page: Page<Clean>) {
-        let entry = Entry::page(page.pa(), Attributes::Memory);
+        let ipa = Ipa(page.pa().0);
         // Every page that was hidden has its tables.
-        if self.replace(hw, page.pa(), entry).is_ok() {
-            pages.settle(page, Owner::Host);
+        let Ok(table) = self.split_to_page(hw, page.pa()) else { return };
+        let slot = level3_index(ipa);
+        // From invalid to valid no TLB needs to forget anything; the zero
+        // frame, if the host looked there, must go first.
+        if Entry(hw.read_entry(table, slot)).is_valid() {
+            hw.write_entry(table, slot, Entry::INVALID.0);
+            hw.invalidate_host(ipa);
         }
+        hw.write_entry(table, slot, Entry::page(page.pa(), Attributes::Memory).0);
+        pages.settle(page, Owner::Host);
     }
 
-    /// What became of an access of the host that faulted at `ipa`.
-    #[must_use]
-    pub fn resolve(&self, hw: &impl Hardware, ipa: Ipa, write: bool, execute: bool) -> Resolution {
-        match self.lookup(hw, ipa) {
-            Some(leaf) if (!write || leaf.is_writable()) && (!execute || leaf.is_executable()) => {
-                Resolution::Retry
-            }
-            _ => Resolution::Refused,
+    /// What became of an access of the host that faulted at `ipa`. Where a page
+    /// is hidden, a read gets the zero frame.
+    pub fn resolve(
+        &mut self,
+        hw: &impl Hardware,
+        ipa: Ipa,
+        write: bool,
+        execute: bool,
+    ) -> Resolution {
+        let Some((table, slot)) = self.leaf(hw, ipa) else { return Resolution::Refused };
+        let mut entry = Entry(hw.read_entry(table, slot));
+        if entry == Entry::HIDDEN && !write && !execute {
+            entry = Entry::page(self.zero_frame(), Attributes::ReadOnly);
+            hw.write_entry(table, slot, entry.0);
+        }
+        if entry.is_valid()
+            && (!write || entry.is_writable())
+            && (!execute || entry.is_executable())
+        {
+            Resolution::Retry
+        } else {
+            Resolution::Refused
         }
     }
 
     /// The leaf that maps `ipa`.
     #[must_use]
     pub fn lookup(&self, hw: &impl Hardware, ipa: Ipa) -> Option<Entry> {
+        let (table, slot) = self.leaf(hw, ipa)?;
+        Some(Entry(hw.read_entry(table, slot))).filter(|entry| entry.is_valid())
+    }
+
+    /// The place of the entry that ends the walk for `ipa`, if that is a block
+    /// or at level 3.
+    fn leaf(&self, hw: &impl Hardware, ipa: Ipa) -> Option<(Pa, usize)> {
         if ipa.0 >= 1 << havmsi_abi::MAX_IPA_BITS {
             return None;
         }
         let mut table = self.root();
         for slot in [level1_index(ipa), level2_index(ipa)] {
             let entry = Entry(hw.read_entry(table, slot));
-            if !entry.is_valid() || entry.is_block() {
-                return entry.is_valid().then_some(entry);
+            if entry.is_block() {
+                return Some((table, slot));
+            }
+            if !entry.is_valid() {
+                return None;
             }
             table = entry.address();
         }
-        let entry = Entry(hw.read_entry(table, level3_index(ipa)));
-        entry.is_valid().then_some(entry)
+        Some((table, level3_index(ipa)))
     }
 }
 

@@ -61,6 +61,10 @@ impl Entry {
     /// memory back to zeros (I4). The hardware ignores all but bit 0.
     pub const LOST: Self = Self(0b10);
 
+    /// In the host's map: maps nothing yet, and a read of the host shows the
+    /// zero frame there. Told apart from other invalid entries by software only.
+    pub const HIDDEN: Self = Self(0b10);
+
     /// A level 3 entry.
     #[must_use]
     pub const fn page(pa: Pa, attributes: Attributes) -> Self {

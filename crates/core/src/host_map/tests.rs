@@ -181,11 +181,11 @@ fn a_window_in_a_gib_of_ram_shares_its_table() {
 /// Checks that every page but those in `hidden` is mapped to itself.
 fn identical(hw: &FakeHardware, map: &HostMap, pages: Range, hidden: &[u64]) {
     for at in (pages.base..pages.base + pages.size).step_by(4096) {
-        let leaf = map.lookup(hw, Ipa(at)).unwrap();
         if hidden.contains(&at) {
-            assert_eq!(leaf, Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly));
+            assert_eq!(map.lookup(hw, Ipa(at)), None);
             continue;
         }
+        let leaf = map.lookup(hw, Ipa(at)).unwrap();
         let size = [GIB, 2 * MIB, PAGE_SIZE][walk(hw, map, at).len() - 1];
         let own = Pa(at / size * size);
         let expected = if size == PAGE_SIZE {
@@ -235,19 +235,19 @@ fn every_change_breaks_before_it_makes() {
     let hw = FakeHardware::default();
     let ram = one_bank(2 * GIB);
     let mut map = build(&hw, ram, &[]).unwrap();
+    let records: Vec<AtomicU16> = (0..ram.page_count()).map(|_| AtomicU16::new(0)).collect();
+    let pages = Pages::new(ram, &records).unwrap();
     let pa = Pa(BASE + GIB + 0x3000);
+    pages.give_to_host(pa);
     let (root, level2) = (map.root(), map.level2_table(pa).unwrap());
     let level3 = map.level3_table(pa).unwrap();
     hw.take_events();
-    let zero = Entry::page(map.zero_frame(), Attributes::ReadOnly);
-    map.replace(&hw, pa, zero).unwrap();
+    let page = pages.claim(pa, Owner::Host).unwrap();
+    let page = map.hide(&hw, &pages, page).unwrap();
     let events = hw.take_events();
+    let gone = Event::InvalidateHost(Ipa(pa.0));
     let changed = |table, slot: usize, to: Entry| {
-        vec![
-            Event::Write(table, slot, 0),
-            Event::InvalidateHost(Ipa(pa.0)),
-            Event::Write(table, slot, to.0),
-        ]
+        vec![Event::Write(table, slot, 0), gone, Event::Write(table, slot, to.0)]
     };
     // The new table is complete before it is linked.
     let filled = |table, events: &[Event]| {
@@ -260,10 +260,22 @@ fn every_change_breaks_before_it_makes() {
     assert_eq!(events[512..515], changed(root, 2, Entry::table(level2)));
     filled(level3, &events[515..1027]);
     assert_eq!(events[1027..1030], changed(level2, 0, Entry::table(level3)));
-    assert_eq!(events[1030..], changed(level3, 3, zero));
+    assert_eq!(events[1030..], vec![Event::Write(level3, 3, Entry::HIDDEN.0), gone]);
+    // The zero frame comes in without an invalidation, and goes with one.
+    let zero = Entry::page(map.zero_frame(), Attributes::ReadOnly);
+    assert_eq!(map.resolve(&hw, Ipa(pa.0), false, false), Resolution::Retry);
+    assert_eq!(hw.take_events(), vec![Event::Write(level3, 3, zero.0)]);
     let own = Entry::page(pa, Attributes::Memory);
-    map.replace(&hw, pa, own).unwrap();
+    let page = page.scrub(&hw);
+    hw.take_events();
+    map.show(&hw, &pages, page);
     assert_eq!(hw.take_events(), changed(level3, 3, own));
+    // A page that nobody looked at comes back without one.
+    let page = pages.claim(pa, Owner::Host).unwrap();
+    let page = map.hide(&hw, &pages, page).unwrap().scrub(&hw);
+    hw.take_events();
+    map.show(&hw, &pages, page);
+    assert_eq!(hw.take_events(), vec![Event::Write(level3, 3, own.0)]);
 }
 
 #[test]
@@ -273,8 +285,13 @@ fn pages_of_both_banks_go_and_come_back() {
     for pa in [host_page(0), host_page(1), Pa(BASE + 6 * MIB - 0x1000), Pa(BANK2 + 0x1f_f000)] {
         let page = m.pages.claim(pa, Owner::Host).unwrap();
         let page = m.with_host_map(|map| map.hide(&m.hw, &m.pages, page)).unwrap();
-        let zero = Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly);
-        assert_eq!(m.host_leaf(pa), Some(zero));
+        assert_eq!(m.host_leaf(pa), None);
+        if pa != host_page(1) {
+            let read = m.with_host_map(|map| map.resolve(&m.hw, Ipa(pa.0), false, false));
+            assert_eq!(read, Resolution::Retry);
+            let zero = Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly);
+            assert_eq!(m.host_leaf(pa), Some(zero));
+        }
         let page = page.scrub(&m.hw);
         m.with_host_map(|map| map.show(&m.hw, &m.pages, page));
         assert_eq!(m.host_leaf(pa), Some(Entry::page(pa, Attributes::Memory)));

@@ -8,6 +8,7 @@ use crate::audit::Audit;
 use crate::fake::{
     BANK2, BASE, CARVEOUT, Event, FakeMachine, Memory, PAGES, UART, host_page, records, root,
 };
+use crate::host_map::Resolution;
 use crate::stage2::{Attributes, Entry};
 
 const RAM: u64 = 0x8000_0000;
@@ -129,8 +130,13 @@ fn guest_page(m: &FakeMachine<'_>, vm: &Vm, ipa: u64) -> Option<Pa> {
 }
 
 fn is_hidden(m: &FakeMachine<'_>, pa: Pa) -> bool {
-    let leaf = m.host_leaf(pa).unwrap();
-    leaf == Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly)
+    m.with_host_map(|map| {
+        assert_eq!(map.lookup(&m.hw, Ipa(pa.0)), None);
+        assert_eq!(map.resolve(&m.hw, Ipa(pa.0), true, false), Resolution::Refused);
+        map.resolve(&m.hw, Ipa(pa.0), false, false) == Resolution::Retry
+            && map.lookup(&m.hw, Ipa(pa.0))
+                == Some(Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly))
+    })
 }
 
 #[test]
