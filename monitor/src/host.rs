@@ -21,7 +21,7 @@ use havmsi_hal::sysreg::{
 use havmsi_hal::world::{self, El1State, Stage2};
 use havmsi_hal::{cache, phys, tlb};
 use spin::Once;
-use spin::mutex::TicketMutex;
+use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
 use crate::mmu;
@@ -38,7 +38,7 @@ pub struct World {
     /// Who owns which page.
     pub pages: Pages<'static>,
     /// The host's stage-2.
-    map: TicketMutex<HostMap>,
+    map: SpinMutex<HostMap>,
 }
 
 impl Transitions for World {
@@ -102,7 +102,7 @@ pub fn build(facts: Facts, gic: Gic) {
             pages.give_to_host(Pa(bank.base + at));
         }
     }
-    WORLD.call_once(|| World { facts, gic, machine, pages, map: TicketMutex::new(map) });
+    WORLD.call_once(|| World { facts, gic, machine, pages, map: SpinMutex::new(map) });
 }
 
 /// SCR_EL3 in the host (Arm ARM D24.2.146): non-secure, EL2 and EL1 AArch64,

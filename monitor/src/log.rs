@@ -5,11 +5,11 @@
 use core::fmt::{self, Write};
 
 use havmsi_hal::pl011::Uart;
-use spin::mutex::TicketMutex;
+use spin::mutex::SpinMutex;
 
 use crate::platform;
 
-static CONSOLE: TicketMutex<Uart> = TicketMutex::new(platform::uart());
+static CONSOLE: SpinMutex<Uart> = SpinMutex::new(platform::uart());
 
 /// Prints a line on the monitor's console.
 #[macro_export]

@@ -3,14 +3,14 @@
 
 use havmsi_core::psci::{self, Error, Power, id};
 use havmsi_hal::barrier;
-use spin::mutex::TicketMutex;
+use spin::mutex::SpinMutex;
 
 use crate::cpu::this_cpu;
 use crate::exception::low32;
 use crate::platform::{self, AFFINITIES, MAX_CPUS};
 use crate::{boot, exception, host};
 
-static POWER: TicketMutex<Option<Power<MAX_CPUS>>> = TicketMutex::new(None);
+static POWER: SpinMutex<Option<Power<MAX_CPUS>>> = SpinMutex::new(None);
 
 /// Before the other CPUs come in.
 pub fn init(cpus: usize) {

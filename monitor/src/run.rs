@@ -23,7 +23,7 @@ use havmsi_hal::sysreg::{
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State, Stage2};
 use havmsi_hal::{barrier, phys, tlb};
-use spin::mutex::TicketMutex;
+use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
 use crate::platform::MAX_CPUS;
@@ -125,7 +125,7 @@ static CONTEXTS: Contexts =
 /// The vCPU that a CPU runs.
 #[derive(Clone, Copy)]
 struct Current {
-    vm: &'static TicketMutex<Vm>,
+    vm: &'static SpinMutex<Vm>,
     idx: u64,
     context: usize,
     run_page: Pa,
@@ -196,7 +196,7 @@ pub fn run(handle: u64, idx: u64) -> Result<(), Error> {
 fn enter(
     local: &mut Local,
     slot: VmSlot,
-    vm: &'static TicketMutex<Vm>,
+    vm: &'static SpinMutex<Vm>,
     idx: u64,
     run: &Run,
 ) -> Result<(), Error> {

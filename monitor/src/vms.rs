@@ -9,19 +9,19 @@ use havmsi_core::addr::Pa;
 use havmsi_core::drbg::Drbg;
 use havmsi_core::page::VmSlot;
 use havmsi_core::vm::{Vm, handle_slot};
-use spin::mutex::TicketMutex;
+use spin::mutex::SpinMutex;
 
 use crate::host;
 
 /// vCPU contexts.
 pub const MAX_CONTEXTS: usize = MAX_VCPUS;
 
-static VMS: [TicketMutex<Vm>; MAX_VMS] = [const { TicketMutex::new(Vm::FREE) }; MAX_VMS];
+static VMS: [SpinMutex<Vm>; MAX_VMS] = [const { SpinMutex::new(Vm::FREE) }; MAX_VMS];
 
 /// Which contexts are taken, a bit each.
 static CONTEXTS: [AtomicU64; MAX_CONTEXTS / 64] = [const { AtomicU64::new(0) }; MAX_CONTEXTS / 64];
 
-static RANDOM: TicketMutex<Drbg> = TicketMutex::new(Drbg::new());
+static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::new());
 
 /// Feeds the generator with the platform's seed, once, at boot.
 pub fn seed(seed: &[u8]) {
@@ -35,13 +35,13 @@ pub fn random() -> Option<[u64; 4]> {
 
 /// The slot of the VM that `handle` may name. Whether it does is for
 /// `Vm::check_handle`, under the lock.
-pub fn by_handle(handle: u64) -> Result<(VmSlot, &'static TicketMutex<Vm>), Error> {
+pub fn by_handle(handle: u64) -> Result<(VmSlot, &'static SpinMutex<Vm>), Error> {
     let slot = handle_slot(handle).ok_or(Error::Invalid)?;
     Ok((slot, VMS.get(usize::from(slot.0)).ok_or(Error::Invalid)?))
 }
 
 /// All slots.
-pub fn all() -> impl Iterator<Item = (VmSlot, &'static TicketMutex<Vm>)> {
+pub fn all() -> impl Iterator<Item = (VmSlot, &'static SpinMutex<Vm>)> {
     (0..).map(VmSlot).zip(&VMS)
 }
 
