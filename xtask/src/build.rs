@@ -26,7 +26,7 @@ fn cargo(ctx: &Ctx) -> Command {
 /// Builds packages for a target in release mode; returns the folder with the results.
 fn release(ctx: &Ctx, target: &str, packages: &[&str], extra: &[&str]) -> Result<PathBuf> {
     setup::ensure(ctx, &[Need::Targets])?;
-    let step = ui::Step::new(&format!("cargo build {}", packages.join(" ")), None);
+    let step = ui::Step::short(&format!("cargo build {}", packages.join(" ")));
     let mut command = cargo(ctx);
     command.args(["build", "--release", "--target", target]);
     for package in packages {

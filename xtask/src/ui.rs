@@ -38,6 +38,15 @@ impl Step {
         Self { name: name.to_owned(), bar, start: Instant::now(), terminal }
     }
 
+    /// Starts a step that is nearly always short: a line is printed only if it was not.
+    pub fn short(name: &str) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+        bar.set_message(name.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Self { name: name.to_owned(), bar, start: Instant::now(), terminal: false }
+    }
+
     /// Adds one unit; the total grows with it when the estimate was short.
     pub fn inc(&self) {
         self.bar.inc(1);
