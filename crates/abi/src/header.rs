@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The C header for Linux, generated from this crate.
+//! The C header for Linux, generated from this crate, and the names in it:
+//! for tools and tests, not for the monitor.
 
 use core::fmt::{Result, Write};
 
@@ -77,6 +78,77 @@ pub fn write(out: &mut impl Write) -> Result {
 
 fn define(out: &mut impl Write, name: &str, value: u64) -> Result {
     writeln!(out, "#define HAVMSI_{name}\t{value:#x}U")
+}
+
+impl Function {
+    /// The name in C and in logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Version => "VERSION",
+            Self::CpuInfo => "CPU_INFO",
+            Self::HostReset => "HOST_RESET",
+            Self::VmCreate => "VM_CREATE",
+            Self::VmAddRam => "VM_ADD_RAM",
+            Self::VcpuCreate => "VCPU_CREATE",
+            Self::VcpuSetBoot => "VCPU_SET_BOOT",
+            Self::VmPopulate => "VM_POPULATE",
+            Self::VmActivate => "VM_ACTIVATE",
+            Self::VcpuRun => "VCPU_RUN",
+            Self::TimerLoad => "TIMER_LOAD",
+            Self::PageMap => "PAGE_MAP",
+            Self::PageUnmap => "PAGE_UNMAP",
+            Self::MapDev => "MAP_DEV",
+            Self::PoolDonate => "POOL_DONATE",
+            Self::VmReset => "VM_RESET",
+            Self::VmDestroy => "VM_DESTROY",
+            Self::Stats => "STATS",
+        }
+    }
+}
+
+impl Error {
+    /// All errors.
+    pub const ALL: [Self; 8] = [
+        Self::NotSupported,
+        Self::Denied,
+        Self::Invalid,
+        Self::NoMemory,
+        Self::Busy,
+        Self::Again,
+        Self::Integrity,
+        Self::State,
+    ];
+
+    /// The name in C and in logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotSupported => "NOT_SUPPORTED",
+            Self::Denied => "DENIED",
+            Self::Invalid => "INVALID",
+            Self::NoMemory => "NOMEM",
+            Self::Busy => "BUSY",
+            Self::Again => "AGAIN",
+            Self::Integrity => "INTEGRITY",
+            Self::State => "STATE",
+        }
+    }
+}
+
+impl ExitClass {
+    /// All classes with their names in C.
+    pub const ALL: [(Self, &'static str); 9] = [
+        (Self::Irq, "IRQ"),
+        (Self::MmioRead, "MMIO_READ"),
+        (Self::MmioWrite, "MMIO_WRITE"),
+        (Self::SysregRead, "SYSREG_READ"),
+        (Self::SysregWrite, "SYSREG_WRITE"),
+        (Self::Hvc, "HVC"),
+        (Self::Wfx, "WFX"),
+        (Self::Fault, "FAULT"),
+        (Self::SError, "SERROR"),
+    ];
 }
 
 #[cfg(test)]

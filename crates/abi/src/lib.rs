@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The interface between the host and the monitor: the only source of its
-//! numbers. The C header for Linux is generated from here ([`header`]).
+//! numbers. The C header for Linux is generated from here (`header`).
 //!
 //! Calls are SMC64 fast calls in the SiP range (SMC Calling Convention,
 //! Arm DEN 0028): the function identifier in `x0`, arguments from `x1`;
@@ -9,6 +9,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[cfg(any(test, feature = "header"))]
 pub mod header;
 pub mod layout;
 mod run_page;
@@ -130,31 +131,6 @@ impl Function {
         let index = usize::try_from(id.checked_sub(FUNCTION_BASE)?).ok()?;
         Self::ALL.get(index).copied()
     }
-
-    /// The name in C and in logs.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Version => "VERSION",
-            Self::CpuInfo => "CPU_INFO",
-            Self::HostReset => "HOST_RESET",
-            Self::VmCreate => "VM_CREATE",
-            Self::VmAddRam => "VM_ADD_RAM",
-            Self::VcpuCreate => "VCPU_CREATE",
-            Self::VcpuSetBoot => "VCPU_SET_BOOT",
-            Self::VmPopulate => "VM_POPULATE",
-            Self::VmActivate => "VM_ACTIVATE",
-            Self::VcpuRun => "VCPU_RUN",
-            Self::TimerLoad => "TIMER_LOAD",
-            Self::PageMap => "PAGE_MAP",
-            Self::PageUnmap => "PAGE_UNMAP",
-            Self::MapDev => "MAP_DEV",
-            Self::PoolDonate => "POOL_DONATE",
-            Self::VmReset => "VM_RESET",
-            Self::VmDestroy => "VM_DESTROY",
-            Self::Stats => "STATS",
-        }
-    }
 }
 
 /// Why a call was refused. A refused call has changed nothing.
@@ -180,37 +156,10 @@ pub enum Error {
 }
 
 impl Error {
-    /// All errors.
-    pub const ALL: [Self; 8] = [
-        Self::NotSupported,
-        Self::Denied,
-        Self::Invalid,
-        Self::NoMemory,
-        Self::Busy,
-        Self::Again,
-        Self::Integrity,
-        Self::State,
-    ];
-
     /// The value of `x0`.
     #[must_use]
     pub const fn code(self) -> i64 {
         self as i64
-    }
-
-    /// The name in C and in logs.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::NotSupported => "NOT_SUPPORTED",
-            Self::Denied => "DENIED",
-            Self::Invalid => "INVALID",
-            Self::NoMemory => "NOMEM",
-            Self::Busy => "BUSY",
-            Self::Again => "AGAIN",
-            Self::Integrity => "INTEGRITY",
-            Self::State => "STATE",
-        }
     }
 }
 

@@ -91,21 +91,6 @@ pub enum ExitClass {
     SError = 8,
 }
 
-impl ExitClass {
-    /// All classes with their names in C.
-    pub const ALL: [(Self, &'static str); 9] = [
-        (Self::Irq, "IRQ"),
-        (Self::MmioRead, "MMIO_READ"),
-        (Self::MmioWrite, "MMIO_WRITE"),
-        (Self::SysregRead, "SYSREG_READ"),
-        (Self::SysregWrite, "SYSREG_WRITE"),
-        (Self::Hvc, "HVC"),
-        (Self::Wfx, "WFX"),
-        (Self::Fault, "FAULT"),
-        (Self::SError, "SERROR"),
-    ];
-}
-
 /// Why a guest stopped running, and what that shows of it. What an exit class
 /// does not expose is 0.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -15,115 +15,71 @@ pub enum World {
     Guest,
 }
 
-/// How a 4-bit field is shown: its lowest bit, and the largest value.
-struct Field(u32, u64);
-
-/// As it is.
-const ANY: u64 = 15;
-
-const fn all_of<const N: usize>(shifts: [u32; N]) -> [Field; N] {
-    let mut fields = [const { Field(0, ANY) }; N];
-    let mut i = 0;
-    while i < N {
-        fields[i] = Field(shifts[i], ANY);
-        i += 1;
-    }
-    fields
-}
+// How each 4-bit field is shown, one hexadecimal digit a field, at its place:
+// 0 hidden, f as it is, else the largest value.
 
 /// EL0 and EL1 (in both states at most; a VM's EL1 is AArch64), FP, AdvSIMD, GIC, DIT, CSV2 (without SCXTNUM), CSV3.
 /// Not: EL2, EL3, RAS, SVE, SEL2, MPAM, AMU, RME.
-const PFR0: [Field; 8] = [
-    Field(0, 2),
-    Field(4, 1),
-    Field(16, ANY),
-    Field(20, ANY),
-    Field(24, ANY),
-    Field(48, ANY),
-    Field(56, 1),
-    Field(60, ANY),
-];
+const PFR0: u64 = 0xf10f_0000_0fff_0012;
 /// BT, SSBS. Not: MTE, RAS_frac, SME, RNDR_trap, CSV2_frac, NMI, GCS, THE, PFAR...
-const PFR1: [Field; 2] = all_of([0, 4]);
+const PFR1: u64 = 0x0000_0000_0000_00ff;
 /// DebugVer (up to Armv8.4: later ones have more breakpoints, behind a switch),
 /// BRPs, WRPs, CTX_CMPs, DoubleLock. Not: PMU, trace, SPE, TRBE, BRBE.
-const DFR0: [Field; 5] =
-    [Field(0, 9), Field(12, ANY), Field(20, ANY), Field(28, ANY), Field(36, ANY)];
+const DFR0: u64 = 0x0000_00f0_f0f0_f009;
 /// All instructions but TME.
-const ISAR0: [Field; 14] = all_of([4, 8, 12, 16, 20, 28, 32, 36, 40, 44, 48, 52, 56, 60]);
+const ISAR0: u64 = 0xffff_ffff_f0ff_fff0;
 /// DPB, JSCVT, FCMA, LRCPC, FRINTTS, SB, SPECRES, BF16, DGH, I8MM.
 /// Not: pointer authentication, XS, LS64.
-const ISAR1: [Field; 10] = all_of([0, 12, 16, 20, 32, 36, 40, 44, 48, 52]);
+const ISAR1: u64 = 0x00ff_ffff_00ff_f00f;
 /// RPRES, BC, CLRBHB, PRFMSLC, RPRFM, CSSC. Not: WFxT (its timeout would be the
 /// host's to emulate), pointer authentication, MOPS (HCRX_EL2), 128-bit, ATS1A.
-const ISAR2: [Field; 6] = all_of([4, 20, 28, 40, 48, 52]);
+const ISAR2: u64 = 0x00ff_0f00_f0f0_00f0;
 /// PARange, ASIDBits, BigEnd, SNSMem, BigEndEL0, TGran16, TGran64, TGran4.
 /// Not: stage-2 granules (0: as at stage 1), ExS, FGT, ECV.
-const MMFR0: [Field; 8] = all_of([0, 4, 8, 12, 16, 20, 24, 28]);
+const MMFR0: u64 = 0x0000_0000_ffff_ffff;
 /// HAFDBS (without HAFT), HPDS, PAN, SpecSEI, ETS, AFP, nTLBPA, ECBHB.
 /// Not: VMID bits, VHE, LOR, XNX, TWED, HCX, TIDCP1, CMOW.
-const MMFR1: [Field; 8] = [
-    Field(0, 2),
-    Field(12, ANY),
-    Field(20, ANY),
-    Field(24, ANY),
-    Field(36, ANY),
-    Field(44, ANY),
-    Field(48, ANY),
-    Field(60, ANY),
-];
+const MMFR1: u64 = 0xf00f_f0f0_0ff0_f002;
 /// CnP, UAO, LSM, VARange, CCIDX, ST, AT, IDS, TTL, BBM, E0PD.
 /// Not: IESB (RAS), NV, FWB, EVT.
-const MMFR2: [Field; 11] = [
-    Field(0, ANY),
-    Field(4, ANY),
-    Field(8, ANY),
-    Field(16, ANY),
-    Field(20, ANY),
-    Field(28, ANY),
-    Field(32, ANY),
-    Field(36, 1),
-    Field(48, ANY),
-    Field(52, ANY),
-    Field(60, ANY),
-];
+const MMFR2: u64 = 0xf0ff_001f_f0ff_0fff;
 
 /// AArch32: ID_PFR0 without RAS, AMU; ID_DFR0 with CopDbg, CopSDbg and MProfDbg only.
-const PFR0_32: [Field; 6] = all_of([0, 4, 8, 12, 16, 24]);
-const DFR0_32: [Field; 3] = [Field(0, 9), Field(4, 9), Field(20, ANY)];
+const PFR0_32: u64 = 0x0000_0000_0f0f_ffff;
+const DFR0_32: u64 = 0x0000_0000_00f0_0099;
 
 /// What `world` reads in the register with this CRm and op2, which holds `raw`.
 #[must_use]
 pub fn visible(crm: u8, op2: u8, raw: u64, world: World) -> u64 {
     match (crm, op2) {
         (4, 0) => {
-            let value = keep(&PFR0, raw);
+            let value = keep(PFR0, raw);
             // A VM's EL0 is AArch64 only: its AArch32 state would not be switched.
             if world == World::Guest { value & !0xf | 1 } else { value }
         }
-        (4, 1) => keep(&PFR1, raw),
-        (5, 0) => keep(&DFR0, raw),
-        (6, 0) => keep(&ISAR0, raw),
-        (6, 1) => keep(&ISAR1, raw),
-        (6, 2) => keep(&ISAR2, raw),
-        (7, 0) => keep(&MMFR0, raw),
-        (7, 1) => keep(&MMFR1, raw),
-        (7, 2) => keep(&MMFR2, raw),
+        (4, 1) => keep(PFR1, raw),
+        (5, 0) => keep(DFR0, raw),
+        (6, 0) => keep(ISAR0, raw),
+        (6, 1) => keep(ISAR1, raw),
+        (6, 2) => keep(ISAR2, raw),
+        (7, 0) => keep(MMFR0, raw),
+        (7, 1) => keep(MMFR1, raw),
+        (7, 2) => keep(MMFR2, raw),
         // AArch32 is the host's EL0 only.
         _ if world == World::Guest => 0,
-        (1, 0) => keep(&PFR0_32, raw),
-        (1, 2) => keep(&DFR0_32, raw),
+        (1, 0) => keep(PFR0_32, raw),
+        (1, 2) => keep(DFR0_32, raw),
         // ID_PFR1, MMFR0 to 3, ISAR0 to 5, MMFR4, ISAR6, MVFR0 to 2.
         (1, 1 | 4..=7) | (2, 0..=7) | (3, 0..=2) => raw,
         _ => 0,
     }
 }
 
-fn keep(fields: &[Field], raw: u64) -> u64 {
-    fields.iter().fold(0, |value, &Field(shift, largest)| {
-        let field = raw >> shift & 15;
+fn keep(largest: u64, raw: u64) -> u64 {
+    (0..64).step_by(4).fold(0, |value, shift| {
+        let (field, largest) = (raw >> shift & 15, largest >> shift & 15);
         // Where 15 says "not implemented" (FP, AdvSIMD, TGran, DoubleLock...), it stays.
-        let shown = if field == 15 { field } else { field.min(largest) };
+        let shown = if field == 15 && largest != 0 { field } else { field.min(largest) };
         value | shown << shift
     })
 }

@@ -7,22 +7,28 @@
 
 use core::arch::asm;
 
+macro_rules! read {
+    ($asm:literal) => {
+        /// Its value.
+        #[inline(always)]
+        #[must_use]
+        pub fn read() -> u64 {
+            let value: u64;
+            // SAFETY: reading this register has no side effect on memory.
+            unsafe {
+                asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
+            }
+            value
+        }
+    };
+}
+
 macro_rules! read_only {
     ($($name:ident = $asm:literal;)*) => { $(
         #[doc = concat!("The register `", stringify!($name), "`.")]
         pub mod $name {
             use super::asm;
-            /// Its value.
-            #[inline(always)]
-            #[must_use]
-            pub fn read() -> u64 {
-                let value: u64;
-                // SAFETY: reading this register has no side effect on memory.
-                unsafe {
-                    asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
-                }
-                value
-            }
+            read!($asm);
         }
     )* };
 }
@@ -32,17 +38,7 @@ macro_rules! lower_level {
         #[doc = concat!("The register `", stringify!($name), "`.")]
         pub mod $name {
             use super::asm;
-            /// Its value.
-            #[inline(always)]
-            #[must_use]
-            pub fn read() -> u64 {
-                let value: u64;
-                // SAFETY: reading this register has no side effect on memory.
-                unsafe {
-                    asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
-                }
-                value
-            }
+            read!($asm);
             /// Changes it; a context synchronisation event makes it effective.
             #[inline(always)]
             pub fn write(value: u64) {
@@ -60,17 +56,7 @@ macro_rules! el3 {
         #[doc = concat!("The register `", stringify!($name), "`, which governs EL3.")]
         pub mod $name {
             use super::asm;
-            /// Its value.
-            #[inline(always)]
-            #[must_use]
-            pub fn read() -> u64 {
-                let value: u64;
-                // SAFETY: reading this register has no side effect on memory.
-                unsafe {
-                    asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
-                }
-                value
-            }
+            read!($asm);
             /// Changes it.
             ///
             /// # Safety
@@ -94,10 +80,7 @@ read_only! {
     far_el3 = "far_el3";
     id_aa64dfr0_el1 = "id_aa64dfr0_el1";
     id_aa64mmfr0_el1 = "id_aa64mmfr0_el1";
-    id_aa64mmfr1_el1 = "id_aa64mmfr1_el1";
     id_aa64pfr0_el1 = "id_aa64pfr0_el1";
-    id_aa64pfr1_el1 = "id_aa64pfr1_el1";
-    isr_el1 = "isr_el1";
     midr_el1 = "midr_el1";
     mpidr_el1 = "mpidr_el1";
     ich_vtr_el2 = "s3_4_c12_c11_1";
@@ -116,9 +99,7 @@ lower_level! {
     cnthp_ctl_el2 = "cnthp_ctl_el2";
     cntkctl_el1 = "cntkctl_el1";
     cntp_ctl_el0 = "cntp_ctl_el0";
-    cntp_cval_el0 = "cntp_cval_el0";
     cntv_ctl_el0 = "cntv_ctl_el0";
-    cntv_cval_el0 = "cntv_cval_el0";
     cntvoff_el2 = "cntvoff_el2";
     contextidr_el1 = "contextidr_el1";
     cpacr_el1 = "cpacr_el1";
@@ -157,7 +138,6 @@ lower_level! {
     vttbr_el2 = "vttbr_el2";
     icc_eoir0_el1 = "s3_0_c12_c8_1";
     icc_igrpen0_el1 = "s3_0_c12_c12_6";
-    icc_igrpen1_el1 = "s3_0_c12_c12_7";
     icc_pmr_el1 = "s3_0_c4_c6_0";
     icc_sgi0r_el1 = "s3_0_c12_c11_7";
     icc_sre_el1 = "s3_0_c12_c12_5";
@@ -173,7 +153,6 @@ lower_level! {
 el3! {
     l2ctlr_el1 = "s3_1_c11_c0_2";
     scr_el3 = "scr_el3";
-    sctlr_el3 = "sctlr_el3";
     tpidr_el3 = "tpidr_el3";
 }
 
