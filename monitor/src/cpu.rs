@@ -4,6 +4,7 @@
 use core::cell::{Cell, UnsafeCell};
 use core::ptr;
 
+use havmsi_core::inject::spsr;
 use havmsi_hal::sysreg::tpidr_el3;
 
 use crate::platform::MAX_CPUS;
@@ -24,6 +25,12 @@ impl Frame {
     /// All zero.
     pub const fn new() -> Self {
         Self { x: [0; 31], elr: 0, spsr: 0 }
+    }
+
+    /// Moves the PC over the instruction that was emulated.
+    pub fn step(&mut self) {
+        self.elr = self.elr.wrapping_add(4);
+        self.spsr &= !spsr::STEP;
     }
 }
 

@@ -2,8 +2,9 @@
 //! The calls of the host that are the monitor's own (`docs/abi.md`).
 
 use havmsi_abi::{Error, Function, MAX_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION};
+use havmsi_core::guest_map::MapError;
 use havmsi_core::launch::{Boot, Config};
-use havmsi_core::vm::{Machine, MapOrError, Vm};
+use havmsi_core::vm::{Machine, Vm};
 use havmsi_hal::sysreg::{cntpct_el0, cntvoff_el2, ich_vtr_el2};
 
 use crate::host::{self, World};
@@ -13,24 +14,6 @@ use crate::{log, platform, run, vms};
 type Results = [u64; 6];
 
 const UNKNOWN: Results = [Error::NotSupported.code().cast_unsigned(), 0, 0, 0, 0, 0];
-
-/// Why a call was refused, and what goes into `x1` with it.
-struct Refused(Error, u64);
-
-impl From<Error> for Refused {
-    fn from(error: Error) -> Self {
-        Self(error, 0)
-    }
-}
-
-impl From<MapOrError> for Refused {
-    fn from(error: MapOrError) -> Self {
-        match error {
-            MapOrError::Tables(pages) => Self(Error::NoMemory, pages),
-            MapOrError::Other(error) => Self(error, 0),
-        }
-    }
-}
 
 /// A call that is not PSCI's. Returns `x0` on, or `None` if a guest is the
 /// current world now and the results come with its exit.
@@ -45,20 +28,25 @@ pub fn host_call(function: u32, args: &[u64; 8]) -> Option<Results> {
     if function == Function::VcpuRun {
         return match run::run(args[1], args[2]) {
             Ok(()) => None,
-            Err(error) => Some(refusal(&error.into())),
+            Err(error) => Some(refusal(error.into())),
         };
     }
     Some(match call(host::world(), function, args) {
         Ok([a, b, c, d, e]) => [SUCCESS.cast_unsigned(), a, b, c, d, e],
-        Err(refused) => refusal(&refused),
+        Err(error) => refusal(error),
     })
 }
 
-fn refusal(refused: &Refused) -> Results {
-    [refused.0.code().cast_unsigned(), refused.1, 0, 0, 0, 0]
+/// Why a call was refused, and the pages that are short.
+fn refusal(error: MapError) -> Results {
+    let (error, pages) = match error {
+        MapError::Tables(pages) => (Error::NoMemory, pages),
+        MapError::Other(error) => (error, 0),
+    };
+    [error.code().cast_unsigned(), pages, 0, 0, 0, 0]
 }
 
-fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], Refused> {
+fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], MapError> {
     let [_, a1, a2, a3, a4, a5, a6, a7] = *args;
     let done = [0; 5];
     match function {
@@ -98,7 +86,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
         }),
         Function::VmPopulate => with_vm(a1, |vm| {
             let mut buffer = [0; 4096];
-            Ok(vm.populate(world, a2, a3, &mut buffer).map(|()| done)?)
+            vm.populate(world, a2, a3, &mut buffer).map(|()| done)
         }),
         Function::VmActivate => with_vm(a1, |vm| {
             let digest = vm.activate(world)?;
@@ -116,7 +104,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
             if a4 != havmsi_abi::PAGE_SIZE {
                 return Err(Error::Invalid.into());
             }
-            with_vm(a1, |vm| Ok(vm.map_page(world, a2, a3).map(|()| done)?))
+            with_vm(a1, |vm| vm.map_page(world, a2, a3).map(|()| done))
         }
         Function::PageUnmap => with_vm(a1, |vm| {
             vm.unmap_pages(world, a2, a3)?;
@@ -127,7 +115,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
                 return Err(Error::Denied.into());
             }
             let pa = havmsi_core::addr::Pa(a3);
-            with_vm(a1, |vm| Ok(vm.map_device(world, a2, pa).map(|()| done)?))
+            with_vm(a1, |vm| vm.map_device(world, a2, pa).map(|()| done))
         }
         Function::PoolDonate => {
             with_vm(a1, |vm| Ok(vm.donate_pool(world, a2, a3).map(|()| done)?))
@@ -142,14 +130,14 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
     }
 }
 
-fn with_vm<T>(handle: u64, f: impl FnOnce(&mut Vm) -> Result<T, Refused>) -> Result<T, Refused> {
+fn with_vm<T>(handle: u64, f: impl FnOnce(&mut Vm) -> Result<T, MapError>) -> Result<T, MapError> {
     let (_, vm) = vms::by_handle(handle)?;
     let mut vm = vm.lock();
     vm.check_handle(handle)?;
     f(&mut vm)
 }
 
-fn create(config: Config) -> Result<[u64; 5], Refused> {
+fn create(config: Config) -> Result<[u64; 5], MapError> {
     // The guest's counter starts at 0 with its VM.
     let cntvoff = cntpct_el0::read();
     for (slot, vm) in vms::all() {

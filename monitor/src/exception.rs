@@ -2,10 +2,12 @@
 //! Everything that comes to EL3: from the host, from a guest, or (never, if
 //! all is well) from the monitor itself.
 
+use core::fmt::Arguments;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use havmsi_core::exit::{SysregAccess, ec, write_register};
+use havmsi_core::addr::low32;
+use havmsi_core::exit::{EC_SHIFT, Injection, SysregAccess, ec, write_register};
 use havmsi_core::idreg::{self, World};
 use havmsi_core::inject::{self, spsr};
 use havmsi_hal::barrier;
@@ -17,10 +19,6 @@ use havmsi_hal::sysreg::{
 use crate::cpu::{Frame, this_cpu};
 use crate::run::{self, Cause};
 use crate::{dispatch, host, host_abort, log, platform, psci};
-
-const EC_SHIFT: u32 = 26;
-/// PSTATE: BTYPE, software step.
-const PSTATE_STEP: u64 = 0b11 << 10 | 1 << 21;
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
@@ -109,66 +107,55 @@ fn from_host() {
     }
 }
 
-/// The lower half.
-pub const fn low32(value: u64) -> u32 {
-    let [a, b, c, d, ..] = value.to_le_bytes();
-    u32::from_le_bytes([a, b, c, d])
-}
-
 /// Answers a read of an identification register.
 pub fn id_read(frame: &mut Frame, access: SysregAccess, world: World) {
-    let [low, ..] = access.register.to_le_bytes();
-    let (crm, op2) = (low >> 3 & 15, low & 7);
+    let (crm, op2) = access.crm_op2();
     let value = idreg::visible(crm, op2, havmsi_hal::idreg::raw(crm, op2), world);
     write_register(&mut frame.x, access.rt, value);
-    step(frame);
+    frame.step();
 }
 
-/// Moves the PC over the instruction that was emulated.
-pub fn step(frame: &mut Frame) {
-    frame.elr = frame.elr.wrapping_add(4);
-    frame.spsr &= !PSTATE_STEP;
-}
-
-/// The current world takes an Undefined Instruction exception at EL1.
-pub fn inject_undefined(frame: &mut Frame) {
-    inject(frame, inject::undefined());
-}
-
-/// The current world takes a synchronous external abort at EL1 for the access
-/// to the address `far` that a stage-2 abort with `ESR_EL2` = `esr` told of.
-pub fn inject_external_abort(frame: &mut Frame, esr: u64, far: u64) {
-    far_el1::write(far);
-    inject(frame, inject::external_abort(esr, frame.spsr));
-}
-
-fn inject(frame: &mut Frame, esr: u64) {
+/// The current world takes an exception at EL1: for an abort, the access that
+/// stage 2 refused with this `ESR_EL2` and `FAR_EL2`.
+pub fn inject(frame: &mut Frame, what: Injection, (esr, far): (u64, u64)) {
+    let syndrome = match what {
+        Injection::Undefined => inject::undefined(),
+        Injection::ExternalAbort => {
+            far_el1::write(far);
+            inject::external_abort(esr, frame.spsr)
+        }
+    };
     let entry = inject::synchronous(frame.spsr, sctlr_el1::read(), vbar_el1::read());
-    esr_el1::write(esr);
+    esr_el1::write(syndrome);
     elr_el1::write(frame.elr);
     spsr_el1::write(frame.spsr);
     frame.elr = entry.pc;
     frame.spsr = entry.pstate;
 }
 
+fn inject_undefined(frame: &mut Frame) {
+    inject(frame, Injection::Undefined, (0, 0));
+}
+
 /// An exception of the monitor's own code: it is broken. No register of
 /// anyone is shown but EL3's own syndrome.
 pub extern "C" fn exception_from_self(kind: u64) -> ! {
-    stop_others();
-    log::last_words(format_args!(
-        "broken on CPU {}: exception {kind} at EL3, ESR {:#x}, ELR {:#x}, FAR {:#x}",
-        this_cpu().number(),
+    broken(format_args!(
+        "exception {kind} at EL3, ESR {:#x}, ELR {:#x}, FAR {:#x}",
         esr_el3::read(),
         elr_el3::read(),
         far_el3::read()
-    ));
-    halt()
+    ))
 }
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
+    broken(format_args!("{info}"))
+}
+
+fn broken(how: Arguments<'_>) -> ! {
     stop_others();
-    log::last_words(format_args!("broken on CPU {}: {info}", this_cpu().number()));
+    log::last_words(format_args!("broken on CPU {}: {how}", this_cpu().number()));
     halt()
 }
 

@@ -2,24 +2,20 @@
 //! Accesses of the host that its stage-2 refused.
 
 use havmsi_core::addr::Ipa;
-use havmsi_core::exit::{Access, ec, read_register, write_register};
+use havmsi_core::exit::{
+    Access, CM, EC_SHIFT, FSC_PERMISSION, FSC_TYPE, Injection, S1PTW, WNR, ec, write_register,
+};
 use havmsi_core::host_map::Resolution;
 use havmsi_core::vm::Machine;
 use havmsi_hal::sysreg::{far_el2, hpfar_el2};
 use havmsi_hal::tlb;
 
 use crate::cpu::Frame;
-use crate::exception::{inject_external_abort, step};
+use crate::exception::inject;
 use crate::{host, platform};
 
-const EC_SHIFT: u32 = 26;
-const S1PTW: u64 = 1 << 7;
-const WNR: u64 = 1 << 6;
-const CM: u64 = 1 << 8;
+/// `FAR_EL2` is not valid.
 const FNV: u64 = 1 << 10;
-/// Fault status: its kind without the level; permission faults.
-const FSC_KIND: u64 = 0x3c;
-const FSC_PERMISSION: u64 = 0x0c;
 
 /// A stage-2 abort of the host with this `ESR_EL2`.
 pub fn handle(frame: &mut Frame, esr: u64) {
@@ -37,12 +33,12 @@ pub fn handle(frame: &mut Frame, esr: u64) {
     // Where a walk may not even read, there is no leaf; where it lacks a
     // permission, it is to write (FEAT_HAFDBS). Cache maintenance says "write", but
     // needs that right only where it says that it lacks it.
-    let permission = esr & FSC_KIND == FSC_PERMISSION;
+    let permission = esr & FSC_TYPE == FSC_PERMISSION;
     let write = if walk || esr & CM != 0 { permission } else { !execute && esr & WNR != 0 };
     let verdict = world.with_host_map(|map| map.resolve(&world.machine, Ipa(ipa), write, execute));
     if verdict == Resolution::Refused {
         let far = if esr & FNV == 0 { far } else { 0 };
-        inject_external_abort(frame, esr, far);
+        inject(frame, Injection::ExternalAbort, (esr, far));
     }
 }
 
@@ -55,7 +51,7 @@ pub fn handle(frame: &mut Frame, esr: u64) {
 /// asked again.
 fn fault_address(esr: u64, far: u64) -> Option<u64> {
     let walk = esr & S1PTW != 0;
-    if walk || (esr & FNV != 0 && esr & FSC_KIND != FSC_PERMISSION) {
+    if walk || (esr & FNV != 0 && esr & FSC_TYPE != FSC_PERMISSION) {
         // FIPA [39:4] holds address bits [47:12]; a walk's offset is lost.
         return Some((hpfar_el2::read() >> 4 & 0xf_ffff_ffff) << 12);
     }
@@ -83,10 +79,7 @@ fn emulate(frame: &mut Frame, esr: u64, ipa: u64) -> bool {
             data |= u64::from(world.gic.redistributor_view(offset + 4)) << 32;
         }
         write_register(&mut frame.x, access.rt, access.loaded(data));
-    } else {
-        // Dead registers: the value goes nowhere.
-        let _ = read_register(&frame.x, access.rt);
     }
-    step(frame);
+    frame.step();
     true
 }

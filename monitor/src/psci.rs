@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! PSCI for the host: acts on what `havmsi_core::psci` decides.
 
+use havmsi_core::addr::low32;
 use havmsi_core::psci::{self, Error, Power, id};
 use havmsi_hal::barrier;
 use spin::mutex::SpinMutex;
 
 use crate::cpu::this_cpu;
-use crate::exception::low32;
 use crate::platform::{self, AFFINITIES, MAX_CPUS};
 use crate::{boot, exception, host};
 
@@ -33,8 +33,7 @@ pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
         id::SMCCC_VERSION => Ok(psci::SMCCC_VERSION),
         id::FEATURES => psci::features(low32(args[1])).ok_or(Error::NotSupported),
         id::SMCCC_ARCH_FEATURES => psci::arch_features(low32(args[1])).ok_or(Error::NotSupported),
-        // No trusted OS that would have to move.
-        id::MIGRATE_INFO_TYPE => Ok(2),
+        id::MIGRATE_INFO_TYPE => Ok(psci::MIGRATION_NOT_REQUIRED),
         id::CPU_OFF => return Some(cpu_off()),
         id::SYSTEM_OFF => {
             crate::log!("the host turns the machine off");

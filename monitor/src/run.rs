@@ -5,11 +5,13 @@
 
 use core::cell::UnsafeCell;
 
-use havmsi_abi::{ENTRY_OFFSET, EXIT_OFFSET, Entry, Error, Exit, ExitClass, MAX_VMS, WORDS_ENTRY};
+use havmsi_abi::{
+    ENTRY_OFFSET, EXIT_OFFSET, Entry, Error, Exit, ExitClass, MAX_VCPUS, MAX_VMS, WORDS_ENTRY,
+};
 use havmsi_core::addr::{Ipa, Pa};
-use havmsi_core::exit::{self, Action, Answer, Injection, Pending, Syndrome, SysregAccess, ec};
+use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, SysregAccess, ec};
 use havmsi_core::hypercall::{self, Reply};
-use havmsi_core::idreg::{self, World};
+use havmsi_core::idreg::World;
 use havmsi_core::inject::spsr;
 use havmsi_core::launch::Boot;
 use havmsi_core::page::VmSlot;
@@ -27,8 +29,7 @@ use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
 use crate::platform::MAX_CPUS;
-use crate::vms::{self, MAX_CONTEXTS};
-use crate::{exception, host};
+use crate::{exception, host, vms};
 
 /// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): stage 2 on, AArch64, virtual
 /// interrupts; ID registers, ACTLR and implementation-defined registers trap;
@@ -67,11 +68,8 @@ const CNTHCTL: u64 = 1;
 const ICC_SRE: u64 = 0b0111;
 /// `CPTR_EL3.TFP`.
 const CPTR_TFP: u64 = 1 << 10;
-/// Exception class of a trapped FP or SIMD instruction.
-const EC_FP: u64 = 0x07;
-/// `PSTATE.SS` and `BTYPE`: cleared when an instruction is stepped over.
-const SPSR_STEP: u64 = 1 << 21 | 0b11 << 10;
 const MPIDR_RES1: u64 = 1 << 31;
+
 /// A vCPU that is not running.
 pub struct Context {
     frame: Frame,
@@ -102,25 +100,16 @@ impl Context {
         self.frame.elr = boot.pc;
         self.frame.spsr = spsr::EL1H | spsr::DAIF;
     }
-
-    fn step(&mut self) {
-        self.frame.elr = self.frame.elr.wrapping_add(4);
-        self.frame.spsr &= !SPSR_STEP;
-    }
 }
 
 /// The contexts of all vCPUs.
-#[repr(transparent)]
-struct ContextCell(UnsafeCell<Context>);
-
-struct Contexts([ContextCell; MAX_CONTEXTS]);
+struct Contexts([UnsafeCell<Context>; MAX_VCPUS]);
 
 // SAFETY: a context is reached through `Current` only, of which there is one
 // at a time: `Vm::enter` gives a vCPU to one CPU until `Vm::leave`.
 unsafe impl Sync for Contexts {}
 
-static CONTEXTS: Contexts =
-    Contexts([const { ContextCell(UnsafeCell::new(Context::ZERO)) }; MAX_CONTEXTS]);
+static CONTEXTS: Contexts = Contexts([const { UnsafeCell::new(Context::ZERO) }; MAX_VCPUS]);
 
 /// The vCPU that a CPU runs.
 #[derive(Clone, Copy)]
@@ -170,7 +159,7 @@ fn with_local<R>(f: impl FnOnce(&mut Local) -> R) -> R {
 impl Current {
     fn context(&mut self) -> &mut Context {
         // SAFETY: see `Contexts`; `&mut self` makes it one reference at a time.
-        unsafe { &mut *CONTEXTS.0[self.context].0.get() }
+        unsafe { &mut *CONTEXTS.0[self.context].get() }
     }
 }
 
@@ -241,7 +230,7 @@ fn enter(
         Answer::Nothing => {}
         Answer::Set { rt, value } => {
             exit::write_register(&mut context.frame.x, rt, value);
-            context.step();
+            context.frame.step();
         }
         Answer::Results(results) => context.frame.x[..4].copy_from_slice(&results),
         Answer::Inject(what) => injection = Some(what),
@@ -284,7 +273,7 @@ fn enter(
     world::switch_to(&context.el1, Stage2 { vttbr: run.vttbr, hcr });
     if let Some(what) = injection {
         let syndrome = context.syndrome;
-        inject(&mut context.frame, what, syndrome);
+        exception::inject(&mut context.frame, what, syndrome);
     }
     let frame = &raw mut context.frame;
     current.debug_loaded = armed;
@@ -358,7 +347,7 @@ fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_
     let privileged = current.context().frame.spsr & spsr::MODE != 0;
     let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged };
     match syndrome.ec() {
-        EC_FP if !through_el2 && !current.fp_loaded => {
+        ec::FP if !through_el2 && !current.fp_loaded => {
             cptr_el3::write(host::CPTR_EL3);
             barrier::isb();
             current.context().fp.load();
@@ -381,7 +370,7 @@ fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_
     match action {
         Action::Exit { exit, pending, step } => {
             if step {
-                context.step();
+                context.frame.step();
             }
             context.pending = pending;
             context.syndrome = (esr, far_el2::read());
@@ -401,30 +390,24 @@ fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_
             context.frame.x[..4].copy_from_slice(&answer);
         }
         Action::IdRead(access) => {
-            let (crm, op2) = access.crm_op2();
-            let value = idreg::visible(crm, op2, havmsi_hal::idreg::raw(crm, op2), World::Guest);
-            exit::write_register(&mut context.frame.x, access.rt, value);
-            context.step();
+            exception::id_read(&mut context.frame, access, World::Guest);
         }
         Action::Debug(access) => debug_access(current, host_debug, access),
         Action::Fixed { access, value } => {
             if access.read {
                 exit::write_register(&mut context.frame.x, access.rt, value);
             }
-            context.step();
+            context.frame.step();
         }
-        Action::Skip => context.step(),
+        Action::Skip => context.frame.step(),
         Action::Inject(what) => {
             let far = if through_el2 { far_el2::read() } else { far_el3::read() };
-            inject(&mut context.frame, what, (esr, far));
+            exception::inject(&mut context.frame, what, (esr, far));
         }
     }
     Next::Resume
 }
 
-const ESR_S1PTW: u64 = 1 << 7;
-const ESR_FSC_TYPE: u64 = 0x3c;
-const FSC_PERMISSION: u64 = 0x0c;
 const MIDR_PART: u64 = 0xff00_fff0;
 const CORTEX_A57: u64 = 0x4100_d070;
 
@@ -436,8 +419,8 @@ const CORTEX_A57: u64 = 0x4100_d070;
 fn faulting_ipa(esr: u64) -> Option<Ipa> {
     let far = far_el2::read();
     let unreliable =
-        esr & ESR_FSC_TYPE == FSC_PERMISSION || midr_el1::read() & MIDR_PART == CORTEX_A57;
-    let page = if esr & ESR_S1PTW == 0 && unreliable {
+        esr & exit::FSC_TYPE == exit::FSC_PERMISSION || midr_el1::read() & MIDR_PART == CORTEX_A57;
+    let page = if esr & exit::S1PTW == 0 && unreliable {
         tlb::stage1_page(far)?
     } else {
         // FIPA [43:4] is IPA [51:12].
@@ -482,15 +465,7 @@ fn debug_access(current: &mut Current, host_debug: &mut DebugState, access: Sysr
             *register = value;
         }
     }
-    current.context().step();
-}
-
-/// Gives the current guest an exception, for the access with this `ESR` and `FAR`.
-fn inject(frame: &mut Frame, what: Injection, (esr, far): (u64, u64)) {
-    match what {
-        Injection::Undefined => exception::inject_undefined(frame),
-        Injection::ExternalAbort => exception::inject_external_abort(frame, esr, far),
-    }
+    current.context().frame.step();
 }
 
 /// Back to the host, which gets `exit` and nothing else of the guest.

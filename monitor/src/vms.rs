@@ -13,13 +13,10 @@ use spin::mutex::SpinMutex;
 
 use crate::host;
 
-/// vCPU contexts.
-pub const MAX_CONTEXTS: usize = MAX_VCPUS;
-
 static VMS: [SpinMutex<Vm>; MAX_VMS] = [const { SpinMutex::new(Vm::FREE) }; MAX_VMS];
 
 /// Which contexts are taken, a bit each.
-static CONTEXTS: [AtomicU64; MAX_CONTEXTS / 64] = [const { AtomicU64::new(0) }; MAX_CONTEXTS / 64];
+static CONTEXTS: [AtomicU64; MAX_VCPUS / 64] = [const { AtomicU64::new(0) }; MAX_VCPUS / 64];
 
 static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::new());
 
@@ -54,18 +51,10 @@ pub fn root(slot: VmSlot) -> Pa {
 /// Takes a free vCPU context.
 pub fn take_context() -> Option<u16> {
     for (word, bits) in (0u16..).zip(&CONTEXTS) {
-        let mut old = bits.load(Ordering::Relaxed);
-        while old != u64::MAX {
-            let bit = old.trailing_ones();
-            match bits.compare_exchange_weak(
-                old,
-                old | 1 << bit,
-                Ordering::Acquire,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return Some(word * 64 + u16::try_from(bit).ok()?),
-                Err(now) => old = now,
-            }
+        // Sets the lowest bit that is 0.
+        let take = |old: u64| (old != u64::MAX).then(|| old | (old + 1));
+        if let Ok(old) = bits.fetch_update(Ordering::Acquire, Ordering::Relaxed, take) {
+            return Some(word * 64 + u16::try_from(old.trailing_ones()).ok()?);
         }
     }
     None

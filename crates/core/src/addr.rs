@@ -46,3 +46,10 @@ impl Ipa {
 pub fn index(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
+
+/// The lower half.
+#[must_use]
+pub const fn low32(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}

@@ -266,7 +266,8 @@ impl<'a, H: Hardware> Audit<'a, H> {
         if next.is_some() {
             return Err(Violation::PoolCount(slot));
         }
-        for page in vm.run_pages() {
+        for vcpu in vm.vcpus.iter().filter(|vcpu| vcpu.exists) {
+            let page = vcpu.run_page;
             if self.pages.owner(page) != Some(Owner::RunPage(slot)) {
                 return Err(Violation::RunPage(slot, page));
             }

@@ -8,10 +8,11 @@ use std::thread;
 use havmsi_abi::{Error, PAGE_SIZE};
 
 use crate::fake::{FakeMachine, host_page, records, root};
+use crate::guest_map::MapError;
 use crate::launch::{Boot, Config};
 use crate::page::{Owner, VmSlot};
+use crate::vm::Vm;
 use crate::vm::tests::check;
-use crate::vm::{MapOrError, Vm};
 
 const RAM: u64 = 0x8000_0000;
 const ROUNDS: u64 = if cfg!(miri) { 20 } else { 600 };
@@ -112,8 +113,8 @@ fn races_lose_no_page() {
                     assert!(matches!(
                         result,
                         Ok(())
-                            | Err(MapOrError::Tables(_)
-                                | MapOrError::Other(Error::Again | Error::Denied | Error::State))
+                            | Err(MapError::Tables(_)
+                                | MapError::Other(Error::Again | Error::Denied | Error::State))
                     ));
                 }
             });

@@ -9,6 +9,8 @@ use crate::addr::Ipa;
 
 /// Exception classes of `ESR_ELx.EC` (Arm ARM D19.2 "ESR_EL2").
 pub mod ec {
+    /// FP or SIMD instruction.
+    pub const FP: u64 = 0x07;
     /// WFI or WFE.
     pub const WFX: u64 = 0x01;
     /// HVC from AArch64.
@@ -23,21 +25,28 @@ pub mod ec {
     pub const DATA_ABORT: u64 = 0x24;
 }
 
-const EC_SHIFT: u32 = 26;
-const IL: u64 = 1 << 25;
+/// `ESR_ELx.EC`.
+pub const EC_SHIFT: u32 = 26;
+/// 32-bit instruction.
+pub const IL: u64 = 1 << 25;
 const ISV: u64 = 1 << 24;
 const SAS_SHIFT: u32 = 22;
 const SSE: u64 = 1 << 21;
 const SRT_SHIFT: u32 = 16;
 const SF: u64 = 1 << 15;
-const CM: u64 = 1 << 8;
-const S1PTW: u64 = 1 << 7;
-const WNR: u64 = 1 << 6;
+/// Cache maintenance.
+pub const CM: u64 = 1 << 8;
+/// Abort on a stage-1 walk.
+pub const S1PTW: u64 = 1 << 7;
+/// Abort of a write.
+pub const WNR: u64 = 1 << 6;
 const FSC: u64 = 0x3f;
-const FSC_TYPE: u64 = 0x3c;
+/// Fault status: its kind without the level.
+pub const FSC_TYPE: u64 = 0x3c;
 const FSC_TRANSLATION: u64 = 0x04;
 const FSC_TRANSLATION_L3: u64 = 0x07;
-const FSC_PERMISSION: u64 = 0x0c;
+/// Permission faults.
+pub const FSC_PERMISSION: u64 = 0x0c;
 const FSC_ACCESS_FLAG: u64 = 0x08;
 /// What the host sees of an MMIO access's syndrome: all that describes the
 /// access, without the register's number.

@@ -2,7 +2,7 @@
 //! A VM's stage-2 tables and the pool of pages they are made of. The VM's lock
 //! protects both.
 
-use havmsi_abi::PAGE_SIZE;
+use havmsi_abi::{Error, PAGE_SIZE};
 
 use crate::addr::{Ipa, Pa};
 use crate::hw::Hardware;
@@ -100,12 +100,12 @@ impl GuestMap {
     /// touched, so that a refused call has changed nothing.
     ///
     /// # Errors
-    /// [`MapError::Taken`] if `ipa` is mapped, or was and is lost until the VM is
+    /// [`MapError::Other(Error::Denied)`] if `ipa` is mapped, or was and is lost until the VM is
     /// reset; [`MapError::Tables`] if the pool is short.
     pub fn check(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(), MapError> {
         match self.find(hw, ipa) {
             Ok(table) if hw.read_entry(table, level3_index(ipa)) != Entry::INVALID.0 => {
-                Err(MapError::Taken)
+                Err(MapError::Other(Error::Denied))
             }
             Err(missing) if missing > self.pool.len => {
                 Err(MapError::Tables(missing - self.pool.len))
@@ -283,10 +283,16 @@ impl GuestMap {
 /// Why nothing could be mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MapError {
-    /// Something is mapped there.
-    Taken,
     /// That many pages are missing in the pool.
     Tables(u64),
+    /// Another reason; [`Error::Denied`] if something is mapped there.
+    Other(Error),
+}
+
+impl From<Error> for MapError {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
 }
 
 #[cfg(test)]

@@ -14,12 +14,13 @@ use crate::addr::{Ipa, Pa};
 use crate::fake::{
     BANK2, BASE, CARVEOUT, Event, FakeMachine, PAGES, UART, host_page, records, root,
 };
+use crate::guest_map::MapError;
 use crate::hypercall;
 use crate::launch::{Boot, Config};
 use crate::page::{Owner, VmSlot};
 use crate::stage2::{Attributes, Entry, level1_index, level2_index, level3_index, vttbr};
+use crate::vm::Vm;
 use crate::vm::tests::{Snapshot, check};
-use crate::vm::{MapOrError, Vm};
 
 const RAM: u64 = 0x8000_0000;
 const RAM_SIZE: u64 = 0x4020_0000;
@@ -175,7 +176,7 @@ struct World<'a> {
     before: Snapshot,
 }
 
-fn plain(error: Error) -> MapOrError {
+fn plain(error: Error) -> MapError {
     error.into()
 }
 
@@ -203,7 +204,7 @@ impl<'a> World<'a> {
         (entry == Entry::page(entry.address(), Attributes::Memory)).then(|| entry.address())
     }
 
-    fn act(&mut self, n: usize, op: &Op) -> Result<(), MapOrError> {
+    fn act(&mut self, n: usize, op: &Op) -> Result<(), MapError> {
         let m = self.m;
         let root = root(slot(n as u64));
         let vttbr = vttbr(root, slot(n as u64).vmid());

@@ -2,6 +2,8 @@
 //! Exceptions that the monitor makes EL1 take, as if the hardware had
 //! (Arm ARM D1.3, pseudocode `AArch64.TakeException`).
 
+use crate::exit::{CM, EC_SHIFT, IL, WNR, ec};
+
 /// PSTATE as SPSR_ELx holds it.
 pub mod spsr {
     /// M[3:0] and M[4] (AArch32).
@@ -18,6 +20,8 @@ pub mod spsr {
     pub const PAN: u64 = 1 << 22;
     /// Data independent timing.
     pub const DIT: u64 = 1 << 24;
+    /// BTYPE, software step: cleared when an instruction is stepped over.
+    pub const STEP: u64 = 0b11 << 10 | 1 << 21;
     /// Condition flags.
     pub const NZCV: u64 = 0xf << 28;
 }
@@ -26,16 +30,10 @@ pub mod spsr {
 const SCTLR_SPAN: u64 = 1 << 23;
 const SCTLR_DSSBS: u64 = 1 << 44;
 
-/// ESR: 32-bit instruction.
-const IL: u64 = 1 << 25;
-const EC_SHIFT: u32 = 26;
-/// Exception classes of aborts from a lower level; from the same level: one more.
-const EC_INSTRUCTION_ABORT: u64 = 0x20;
-const EC_DATA_ABORT: u64 = 0x24;
 /// ESR: synchronous external abort, not on a table walk.
 const FSC_EXTERNAL: u64 = 0x10;
 /// Of a data abort's syndrome, what is EL1's too: cache maintenance, write.
-const ISS_CM_WNR: u64 = 1 << 8 | 1 << 6;
+const ISS_CM_WNR: u64 = CM | WNR;
 
 /// Where EL1 goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,9 +80,10 @@ pub const fn undefined() -> u64 {
 pub const fn external_abort(esr_el2: u64, pstate: u64) -> u64 {
     let same = (pstate & spsr::MODE != 0 && pstate & (1 << 4) == 0) as u64;
     // Above EC there may be ISS2.
-    let data = esr_el2 >> EC_SHIFT & 0x3f == EC_DATA_ABORT;
-    let class = if data { EC_DATA_ABORT } else { EC_INSTRUCTION_ABORT };
+    let data = esr_el2 >> EC_SHIFT & 0x3f == ec::DATA_ABORT;
+    let class = if data { ec::DATA_ABORT } else { ec::INSTRUCTION_ABORT };
     let iss = if data { esr_el2 & ISS_CM_WNR } else { 0 };
+    // From the same level an abort has the next class.
     (class + same) << EC_SHIFT | esr_el2 & IL | iss | FSC_EXTERNAL
 }
 

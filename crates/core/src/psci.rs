@@ -22,6 +22,8 @@ pub mod id {
     pub const SYSTEM_RESET: u32 = 0x8400_0009;
     /// PSCI_FEATURES.
     pub const FEATURES: u32 = 0x8400_000a;
+    /// SYSTEM_RESET2, SMC32 and SMC64.
+    pub const SYSTEM_RESET2: u32 = 0x8400_0012;
     /// SMCCC_VERSION.
     pub const SMCCC_VERSION: u32 = 0x8000_0000;
     /// SMCCC_ARCH_FEATURES.
@@ -34,6 +36,10 @@ pub mod id {
 pub const VERSION: u64 = 0x1_0001;
 /// SMCCC 1.2.
 pub const SMCCC_VERSION: u64 = 0x1_0002;
+/// MIGRATE_INFO_TYPE: there is no trusted OS that would have to move.
+pub const MIGRATION_NOT_REQUIRED: u64 = 2;
+/// `Aff3:Aff2:Aff1:Aff0` of an MPIDR: [39:32], [23:0].
+pub const AFFINITY_MASK: u64 = 0xff_00ff_ffff;
 
 /// Return codes (DEN 0022F 5.2.2), as a register holds them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -178,8 +184,7 @@ pub const fn arch_features(function: u32) -> Option<u64> {
 /// [39:32], Aff2 to Aff0 in [23:0]; all else must be zero (DEN 0022F 5.1.4).
 #[must_use]
 pub const fn affinity(target: u64) -> Option<u64> {
-    const FIELDS: u64 = 0xff_00ff_ffff;
-    if target & !FIELDS == 0 { Some(target) } else { None }
+    if target & !AFFINITY_MASK == 0 { Some(target) } else { None }
 }
 
 #[cfg(test)]

@@ -69,12 +69,12 @@ pub enum Power {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Vcpu {
+pub(crate) struct Vcpu {
     /// No `Option` around it: `None` would not be all zeros, and the table of
     /// VMs so large a part of the image.
-    exists: bool,
+    pub(crate) exists: bool,
     context: u16,
-    run_page: Pa,
+    pub(crate) run_page: Pa,
     power: Power,
     running: bool,
     boot: Option<Boot>,
@@ -122,7 +122,7 @@ pub struct Vm {
     devices: Range,
     pub(crate) map: GuestMap,
     launch: Launch,
-    vcpus: [Vcpu; MAX_VCPUS_PER_VM],
+    pub(crate) vcpus: [Vcpu; MAX_VCPUS_PER_VM],
     running: u32,
     cntvoff: u64,
 }
@@ -218,6 +218,11 @@ impl Vm {
         if self.phase == phase { Ok(()) } else { Err(Error::State) }
     }
 
+    /// Open or active.
+    fn in_use(&self) -> Result<(), Error> {
+        self.in_phase(Phase::Open).or(self.in_phase(Phase::Active))
+    }
+
     /// Declares RAM. The same range twice is no error.
     ///
     /// # Errors
@@ -307,22 +312,22 @@ impl Vm {
         Ok(())
     }
 
-    fn check_guest_page(&self, m: &impl Machine, ipa: Ipa) -> Result<(), MapOrError> {
+    fn check_guest_page(&self, m: &impl Machine, ipa: Ipa) -> Result<(), MapError> {
         if !ipa.is_page() {
             return Err(Error::Invalid.into());
         }
         if !self.is_ram(ipa) {
             return Err(Error::Denied.into());
         }
-        Ok(self.map.check(m.hw(), ipa)?)
+        self.map.check(m.hw(), ipa)
     }
 
-    fn donate(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapOrError> {
+    fn donate(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapError> {
         self.map.map(m.hw(), m.pages(), ipa, page).map_err(|(page, error)| {
             // Unreachable after `check_guest_page` under one lock; still the
             // page must not be lost.
             give_to_host(m, page);
-            error.into()
+            error
         })
     }
 
@@ -337,7 +342,7 @@ impl Vm {
         ipa: u64,
         pa: u64,
         buffer: &mut [u8; 4096],
-    ) -> Result<(), MapOrError> {
+    ) -> Result<(), MapError> {
         self.in_phase(Phase::Open)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         self.check_guest_page(m, ipa)?;
@@ -376,8 +381,8 @@ impl Vm {
     /// # Errors
     /// [`Error::State`] before activation, [`Error::Invalid`] for a malformed
     /// address, [`Error::Denied`] if `ipa` is not RAM or mapped, or the page not
-    /// the host's; [`MapOrError::Tables`] if the pool is short.
-    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapOrError> {
+    /// the host's; [`MapError::Tables`] if the pool is short.
+    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapError> {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         self.check_guest_page(m, ipa)?;
@@ -390,10 +395,8 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::Denied`] if `ipa` is RAM or taken.
-    pub fn map_device(&mut self, m: &impl Machine, ipa: u64, pa: Pa) -> Result<(), MapOrError> {
-        if !matches!(self.phase, Phase::Open | Phase::Active) {
-            return Err(Error::State.into());
-        }
+    pub fn map_device(&mut self, m: &impl Machine, ipa: u64, pa: Pa) -> Result<(), MapError> {
+        self.in_use()?;
         let ipa = Ipa(ipa);
         if !ipa.is_page() || ipa.0 >> self.config.ipa_bits != 0 {
             return Err(Error::Invalid.into());
@@ -415,9 +418,7 @@ impl Vm {
     /// [`Error::State`] if the VM is neither open nor active, [`Error::Invalid`]
     /// for a bad range.
     pub fn unmap_pages(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(), Error> {
-        if !matches!(self.phase, Phase::Open | Phase::Active) {
-            return Err(Error::State);
-        }
+        self.in_use()?;
         let space = Range { base: 0, size: 1 << self.config.ipa_bits };
         if n > MAX_PAGES_PER_CALL || !Ipa(ipa).is_page() || !space.contains(ipa, n * PAGE_SIZE) {
             return Err(Error::Invalid);
@@ -444,9 +445,7 @@ impl Vm {
         if n == 0 || n > MAX_PAGES_PER_CALL {
             return Err(Error::Invalid);
         }
-        if !matches!(self.phase, Phase::Open | Phase::Active) {
-            return Err(Error::State);
-        }
+        self.in_use()?;
         let mut claimed = [const { None }; 32];
         let mut at = first;
         for place in claimed.iter_mut().take(index(n)) {
@@ -644,46 +643,10 @@ impl Vm {
         Ok(())
     }
 
-    /// Whether any vCPU runs now.
-    #[must_use]
-    pub const fn is_running(&self) -> bool {
-        self.running != 0
-    }
-
-    /// The run pages of its vCPUs.
-    #[cfg(any(test, feature = "audit"))]
-    pub(crate) fn run_pages(&self) -> impl Iterator<Item = Pa> {
-        self.vcpus.iter().filter(|vcpu| vcpu.exists).map(|vcpu| vcpu.run_page)
-    }
-
     /// Number of vCPUs.
     #[must_use]
     pub fn vcpu_count(&self) -> usize {
         self.vcpus.iter().filter(|vcpu| vcpu.exists).count()
-    }
-}
-
-/// Why a page could not be given to a VM.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum MapOrError {
-    /// The pool lacks that many pages.
-    Tables(u64),
-    /// Another reason.
-    Other(Error),
-}
-
-impl From<MapError> for MapOrError {
-    fn from(error: MapError) -> Self {
-        match error {
-            MapError::Tables(n) => Self::Tables(n),
-            MapError::Taken => Self::Other(Error::Denied),
-        }
-    }
-}
-
-impl From<Error> for MapOrError {
-    fn from(error: Error) -> Self {
-        Self::Other(error)
     }
 }
 

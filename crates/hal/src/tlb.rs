@@ -5,11 +5,8 @@
 use core::arch::asm;
 
 use crate::sysreg::{hcr_el2, sctlr_el1, tcr_el1, vttbr_el2};
+use crate::world::{SCTLR_M, TCR_EPD};
 use crate::{barrier, sysreg};
-
-const TCR_EPD0: u64 = 1 << 7;
-const TCR_EPD1: u64 = 1 << 23;
-const SCTLR_M: u64 = 1;
 
 /// Runs `f` with the stage-2 `vttbr` selected, for the TLBI that act on "the
 /// current VMID".
@@ -26,7 +23,7 @@ fn with_vttbr(vttbr: u64, f: impl FnOnce()) {
         return;
     }
     let (tcr, sctlr) = (tcr_el1::read(), sctlr_el1::read());
-    tcr_el1::write(tcr | TCR_EPD0 | TCR_EPD1);
+    tcr_el1::write(tcr | TCR_EPD);
     barrier::isb();
     sctlr_el1::write(sctlr | SCTLR_M);
     barrier::isb();

@@ -10,9 +10,10 @@ use crate::sysreg::{
     vttbr_el2,
 };
 
-const TCR_EPD0: u64 = 1 << 7;
-const TCR_EPD1: u64 = 1 << 23;
-const SCTLR_M: u64 = 1;
+/// `TCR_EL1.EPD0`, `.EPD1`: no walks.
+pub(crate) const TCR_EPD: u64 = 1 << 7 | 1 << 23;
+/// `SCTLR_EL1.M`: the MMU is on.
+pub(crate) const SCTLR_M: u64 = 1;
 /// SCTLR_EL1 at reset of a world: the RES1 bits, MMU and caches off.
 pub const SCTLR_EL1_RESET: u64 = 0x30d0_0800;
 
@@ -117,7 +118,7 @@ pub struct Stage2 {
 /// walks are disabled (EPD0, EPD1, which count with the MMU on only) while the
 /// two don't match.
 pub fn switch_to(el1: &El1State, stage2: Stage2) {
-    tcr_el1::write(TCR_EPD0 | TCR_EPD1);
+    tcr_el1::write(TCR_EPD);
     isb();
     sctlr_el1::write(el1.sctlr | SCTLR_M);
     isb();

@@ -74,9 +74,9 @@ fn a_page_is_mapped_where_nothing_was() {
     assert_eq!(m.hw.peek(level3, 3), leaf);
     assert_eq!(m.hw.take_events().last(), Some(&Event::Write(level3, 3, leaf)));
     assert_eq!(m.pages.owner(host_page(10)), Some(Owner::Private(SLOT)));
-    assert_eq!(map.check(&m.hw, AT), Err(MapError::Taken));
+    assert_eq!(map.check(&m.hw, AT), Err(MapError::Other(Error::Denied)));
     let (page, error) = map.map(&m.hw, &m.pages, AT, clean(&m, 11)).unwrap_err();
-    assert_eq!(error, MapError::Taken);
+    assert_eq!(error, MapError::Other(Error::Denied));
     assert_eq!(m.hw.peek(level3, 3), leaf);
     // Its tables serve its neighbours, but no others.
     assert_eq!(map.check(&m.hw, Ipa(AT.0 + 0x1000)), Ok(()));
@@ -106,7 +106,7 @@ fn a_page_is_isolated_once_no_tlb_knows_it() {
     assert!(map.unmap(&m.hw, &m.pages, AT).is_none());
     give_back(&m, page);
     // No other page comes in its place until the map was torn down.
-    assert_eq!(map.check(&m.hw, AT), Err(MapError::Taken));
+    assert_eq!(map.check(&m.hw, AT), Err(MapError::Other(Error::Denied)));
     m.hw.unload(map.vttbr());
     map.begin_teardown(&m.hw);
     while map.teardown(&m.hw, &m.pages, 1, |_| panic!("nothing is left")) == Step::More {}
@@ -122,7 +122,7 @@ fn a_device_page_is_unmapped_and_belongs_to_nobody() {
     map.map_device(&m.hw, AT, Pa(0x804_0000)).unwrap();
     let leaf = Entry::page(Pa(0x804_0000), Attributes::Device).0;
     assert_eq!(m.hw.peek(host_page(0), 3), leaf);
-    assert_eq!(map.map_device(&m.hw, AT, Pa(0x804_0000)), Err(MapError::Taken));
+    assert_eq!(map.map_device(&m.hw, AT, Pa(0x804_0000)), Err(MapError::Other(Error::Denied)));
     assert!(map.unmap(&m.hw, &m.pages, AT).is_none());
     assert!(!Entry(m.hw.peek(host_page(0), 3)).is_valid());
     assert_eq!(m.hw.stale(), vec![]);

@@ -72,8 +72,8 @@ fn refused<T: core::fmt::Debug, E: core::fmt::Debug>(
     error
 }
 
-fn other(error: Error) -> MapOrError {
-    MapOrError::Other(error)
+fn other(error: Error) -> MapError {
+    MapError::Other(error)
 }
 
 /// A VM with RAM, vCPUs 0 (on at launch) and 17, and four spare tables.
@@ -397,7 +397,7 @@ fn a_short_pool_says_how_many_pages_it_wants() {
     let page = host_page(MEM).0;
     for wanted in [2, 1] {
         let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM, page));
-        assert_eq!(error, MapOrError::Tables(wanted));
+        assert_eq!(error, MapError::Tables(wanted));
         vm.donate_pool(&m, host_page(POOL + 2 * wanted).0, 1).unwrap();
     }
     vm.map_page(&m, RAM, page).unwrap();
@@ -406,9 +406,9 @@ fn a_short_pool_says_how_many_pages_it_wants() {
     // Another 2 MiB of the same GiB wants one table, another GiB two.
     let page = host_page(MEM + 2).0;
     let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM + (2 << 20), page));
-    assert_eq!(error, MapOrError::Tables(1));
+    assert_eq!(error, MapError::Tables(1));
     let error = refused(&m, &mut vm, |vm| vm.map_page(&m, 0, page));
-    assert_eq!(error, MapOrError::Tables(2));
+    assert_eq!(error, MapError::Tables(2));
     vm.map_page(&m, RAM + 0x1000, page).unwrap();
     check(&m, core::iter::once(&vm));
 }
@@ -533,7 +533,7 @@ fn a_vcpu_runs_on_one_cpu_at_a_time() {
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(1)), Error::Invalid);
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(u64::MAX)), Error::Invalid);
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(17)), Error::State);
-    assert!(!vm.is_running());
+    assert!(vm.running == 0);
     let run = vm.enter(0).unwrap();
     let expected = Run {
         context: 5,
@@ -544,17 +544,17 @@ fn a_vcpu_runs_on_one_cpu_at_a_time() {
         gic: 2,
     };
     assert_eq!(run, expected);
-    assert!(vm.is_running());
+    assert!(vm.running != 0);
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::Busy);
     assert_eq!(refused(&m, &mut vm, |vm| vm.reset(&m)), Error::Busy);
     assert_eq!(refused(&m, &mut vm, |vm| vm.destroy(&m, |_| panic!("running"))), Error::Busy);
     // The entry was refused: it starts the next time.
     vm.leave(0);
-    assert!(!vm.is_running());
+    assert!(vm.running == 0);
     vm.leave(0);
     vm.leave(17);
     vm.leave(1);
-    assert!(!vm.is_running());
+    assert!(vm.running == 0);
     assert_eq!(vm.enter(0).unwrap().start, Some(BOOT));
     vm.started(0);
     assert_eq!(vm.power(0), Some(Power::On));
