@@ -10,18 +10,12 @@ use crate::cpu::this_cpu;
 use crate::platform::{self, AFFINITIES, MAX_CPUS};
 use crate::{boot, exception, host};
 
-static POWER: SpinMutex<Option<Power<MAX_CPUS>>> = SpinMutex::new(None);
+/// Refuses everything until [`init`]: no CPU is present.
+static POWER: SpinMutex<Power<MAX_CPUS>> = SpinMutex::new(Power::new(0));
 
 /// Before the other CPUs come in.
 pub fn init(cpus: usize) {
-    *POWER.lock() = Some(Power::new(cpus));
-}
-
-fn with_power<R>(f: impl FnOnce(&mut Power<MAX_CPUS>) -> R) -> R {
-    match POWER.lock().as_mut() {
-        Some(power) => f(power),
-        None => panic!("used before it was built"),
-    }
+    *POWER.lock() = Power::new(cpus);
 }
 
 /// A call of the host, if it is PSCI's or the calling convention's own;
@@ -67,7 +61,7 @@ fn cpu_on(args: &[u64; 8]) -> Result<u64, Error> {
     if !host::is_executable(entry) {
         return Err(Error::InvalidAddress);
     }
-    let cpu = with_power(|power| power.on(cpu, entry, context))?;
+    let cpu = POWER.lock().on(cpu, entry, context)?;
     // Out of the pen, if it is still there, and out of its sleep.
     boot::let_in(cpu);
     host::world().gic.send(AFFINITIES[cpu], cpu);
@@ -79,12 +73,12 @@ fn affinity_info(args: &[u64; 8]) -> Result<u64, Error> {
     if lowest_level != 0 {
         return Err(Error::InvalidParameters);
     }
-    with_power(|power| power.affinity_info(target(affinity)))
+    POWER.lock().affinity_info(target(affinity))
 }
 
 fn cpu_off() -> u64 {
     let cpu = this_cpu().number();
-    with_power(|power| power.off(cpu));
+    POWER.lock().off(cpu);
     sleep(cpu)
 }
 
@@ -94,7 +88,8 @@ pub fn sleep(cpu: usize) -> u64 {
     let gic = host::world().gic;
     gic.mute_cpu();
     loop {
-        if let Some((entry, context)) = with_power(|power| power.take(cpu)) {
+        let told = POWER.lock().take(cpu);
+        if let Some((entry, context)) = told {
             gic.init_cpu(cpu);
             host::enter(entry, context);
             return context;

@@ -8,7 +8,7 @@ use core::cell::UnsafeCell;
 use havmsi_abi::{
     ENTRY_OFFSET, EXIT_OFFSET, Entry, Error, Exit, ExitClass, MAX_VCPUS, MAX_VMS, WORDS_ENTRY,
 };
-use havmsi_core::addr::{Ipa, Pa};
+use havmsi_core::addr::Ipa;
 use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, SysregAccess, ec};
 use havmsi_core::hypercall::{self, Reply};
 use havmsi_core::idreg::World;
@@ -116,9 +116,7 @@ static CONTEXTS: Contexts = Contexts([const { UnsafeCell::new(Context::ZERO) }; 
 struct Current {
     vm: &'static SpinMutex<Vm>,
     idx: u64,
-    context: usize,
-    run_page: Pa,
-    gic: u64,
+    run: Run,
     used_lrs: usize,
     fp_loaded: bool,
     debug_loaded: bool,
@@ -159,7 +157,7 @@ fn with_local<R>(f: impl FnOnce(&mut Local) -> R) -> R {
 impl Current {
     fn context(&mut self) -> &mut Context {
         // SAFETY: see `Contexts`; `&mut self` makes it one reference at a time.
-        unsafe { &mut *CONTEXTS.0[self.context].get() }
+        unsafe { &mut *CONTEXTS.0[usize::from(self.run.context)].get() }
     }
 }
 
@@ -194,16 +192,8 @@ fn enter(
         *word = phys::read(run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64));
     }
     let entry = Entry::from_words(&words);
-    let mut current = Current {
-        vm,
-        idx,
-        context: usize::from(run.context),
-        run_page: run.run_page,
-        gic: run.gic,
-        used_lrs: 0,
-        fp_loaded: false,
-        debug_loaded: false,
-    };
+    let mut current =
+        Current { vm, idx, run: *run, used_lrs: 0, fp_loaded: false, debug_loaded: false };
     let pending = match run.start {
         Some(_) => Pending::Nothing,
         None => current.context().pending,
@@ -471,7 +461,7 @@ fn debug_access(current: &mut Current, host_debug: &mut DebugState, access: Sysr
 /// Back to the host, which gets `exit` and nothing else of the guest.
 fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
     let (gic, used, fp, debug) =
-        (current.gic, current.used_lrs, current.fp_loaded, current.debug_loaded);
+        (current.run.gic, current.used_lrs, current.fp_loaded, current.debug_loaded);
     let context = current.context();
     let vgic = if gic == 3 {
         havmsi_hal::vgic::save(&mut context.vgic, used)
@@ -495,7 +485,7 @@ fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
     host::enter_again(&local.host);
     local.current = None;
     for (i, word) in havmsi_abi::exit_words(exit, &vgic).into_iter().enumerate() {
-        phys::write(current.run_page.offset((EXIT_OFFSET + 8 * i) as u64), word);
+        phys::write(current.run.run_page.offset((EXIT_OFFSET + 8 * i) as u64), word);
     }
     current.vm.lock().leave(current.idx);
     let cpu = this_cpu();

@@ -51,11 +51,24 @@ pub const MAX_IPA_BITS: u64 = 40;
 /// Bits of the smallest guest physical address space.
 pub const MIN_IPA_BITS: u64 = 32;
 
-/// The calls of the host ABI. Arguments and results are listed in
-/// `docs/abi.md`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u32)]
-pub enum Function {
+macro_rules! functions {
+    ($($(#[$doc:meta])* $name:ident = $number:literal,)*) => {
+        /// The calls of the host ABI. Arguments and results are listed in
+        /// `docs/abi.md`.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(u32)]
+        pub enum Function {
+            $($(#[$doc])* $name = $number,)*
+        }
+
+        impl Function {
+            /// All calls, in the order of their numbers.
+            pub const ALL: [Self; 18] = [$(Self::$name,)*];
+        }
+    };
+}
+
+functions! {
     /// `-> version, features`
     Version = 0,
     /// `-> ICH_VTR_EL2, GIC version, largest IPA bits`
@@ -96,28 +109,6 @@ pub enum Function {
 }
 
 impl Function {
-    /// All calls, in the order of their numbers.
-    pub const ALL: [Self; 18] = [
-        Self::Version,
-        Self::CpuInfo,
-        Self::HostReset,
-        Self::VmCreate,
-        Self::VmAddRam,
-        Self::VcpuCreate,
-        Self::VcpuSetBoot,
-        Self::VmPopulate,
-        Self::VmActivate,
-        Self::VcpuRun,
-        Self::TimerLoad,
-        Self::PageMap,
-        Self::PageUnmap,
-        Self::MapDev,
-        Self::PoolDonate,
-        Self::VmReset,
-        Self::VmDestroy,
-        Self::Stats,
-    ];
-
     /// The function identifier for `x0`.
     #[must_use]
     pub const fn id(self) -> u32 {

@@ -94,12 +94,10 @@ pub struct Power<const N: usize> {
 impl<const N: usize> Power<N> {
     /// `present` CPUs, all off but the first.
     #[must_use]
-    pub fn new(present: usize) -> Self {
+    pub const fn new(present: usize) -> Self {
         let mut cpus = [State::Off; N];
-        if let Some(first) = cpus.first_mut() {
-            *first = State::On;
-        }
-        Self { cpus, present: present.min(N) }
+        cpus[0] = State::On;
+        Self { cpus, present: if present < N { present } else { N } }
     }
 
     fn cpu(&mut self, cpu: usize) -> Option<&mut State> {
@@ -142,9 +140,8 @@ impl<const N: usize> Power<N> {
     ///
     /// # Errors
     /// [`Error::InvalidParameters`] if there is no such CPU.
-    pub fn affinity_info(&self, cpu: Option<usize>) -> Result<u64, Error> {
-        let cpu = cpu.filter(|&cpu| cpu < self.present).ok_or(Error::InvalidParameters)?;
-        match self.cpus.get(cpu) {
+    pub fn affinity_info(&mut self, cpu: Option<usize>) -> Result<u64, Error> {
+        match cpu.and_then(|cpu| self.cpu(cpu)) {
             Some(State::On) => Ok(0),
             Some(State::Off) => Ok(1),
             Some(State::Pending { .. }) => Ok(2),
