@@ -56,7 +56,8 @@ pub const fn host_kernel(ram_base: u64, ram_size: u64) -> u64 {
     host_dtb(ram_base, ram_size) + BLOCK_SIZE
 }
 
-/// Where the host's initial RAM file system is placed.
+/// Where the host's initial RAM file system is placed: for the tool that does it.
+#[cfg(any(test, feature = "header"))]
 #[must_use]
 pub const fn host_initrd(ram_base: u64, ram_size: u64) -> u64 {
     host_kernel(ram_base, ram_size) + 64 * (1 << 20)

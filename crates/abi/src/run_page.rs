@@ -130,25 +130,15 @@ pub struct VgicExit {
 #[must_use]
 pub fn exit_words(exit: &Exit, vgic: &VgicExit) -> [u64; WORDS_EXIT] {
     let mut words = [0; WORDS_EXIT];
-    let head = [
-        exit.class as u64,
-        exit.esr,
-        exit.ipa,
-        exit.gpr[0],
-        exit.gpr[1],
-        exit.gpr[2],
-        exit.gpr[3],
-        exit.data,
-        exit.mode,
-        vgic.hcr,
-        vgic.vmcr,
-        vgic.misr,
-        vgic.eisr,
-        vgic.elrsr,
-    ];
-    let (low, high) = words.split_at_mut(head.len());
-    low.copy_from_slice(&head);
-    high.copy_from_slice(&vgic.lr);
+    let values = [exit.class as u64, exit.esr, exit.ipa]
+        .into_iter()
+        .chain(exit.gpr)
+        .chain([exit.data, exit.mode])
+        .chain([vgic.hcr, vgic.vmcr, vgic.misr, vgic.eisr, vgic.elrsr])
+        .chain(vgic.lr);
+    for (word, value) in words.iter_mut().zip(values) {
+        *word = value;
+    }
     words
 }
 

@@ -3,46 +3,32 @@
 
 use core::arch::asm;
 
-macro_rules! barrier {
-    ($(#[$doc:meta])* $name:ident, $text:literal) => {
+macro_rules! barriers {
+    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => { $(
         $(#[$doc])*
         #[inline(always)]
         pub fn $name() {
             // SAFETY: a barrier or hint changes no register and no memory.
             unsafe { asm!($text, options(nostack, preserves_flags)) }
         }
-    };
+    )* };
 }
 
-barrier!(
+barriers! {
     /// Context synchronisation: later instructions see earlier register writes.
-    isb, "isb"
-);
-barrier!(
+    isb = "isb";
     /// All earlier accesses and maintenance are complete, for all observers.
-    dsb_sy, "dsb sy"
-);
-barrier!(
+    dsb_sy = "dsb sy";
     /// As [`dsb_sy`] for the inner shareable domain.
-    dsb_ish, "dsb ish"
-);
-barrier!(
+    dsb_ish = "dsb ish";
     /// Earlier stores are complete, for the inner shareable domain.
-    dsb_ishst, "dsb ishst"
-);
-barrier!(
+    dsb_ishst = "dsb ishst";
     /// As [`dsb_sy`] for this CPU.
-    dsb_nsh, "dsb nsh"
-);
-barrier!(
+    dsb_nsh = "dsb nsh";
     /// Waits for an interrupt, masked or not.
-    wfi, "dsb sy\nwfi"
-);
-barrier!(
+    wfi = "dsb sy\nwfi";
     /// Waits for an event.
-    wfe, "wfe"
-);
-barrier!(
+    wfe = "wfe";
     /// Wakes all CPUs that wait for an event.
-    sev, "dsb sy\nsev"
-);
+    sev = "dsb sy\nsev";
+}

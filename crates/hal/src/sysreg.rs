@@ -7,8 +7,19 @@
 
 use core::arch::asm;
 
+/// How the assembler knows a register: by its name, or by its encoding where it
+/// is of an extension.
+macro_rules! encoding {
+    ($name:ident) => {
+        stringify!($name)
+    };
+    ($name:ident $asm:literal) => {
+        $asm
+    };
+}
+
 macro_rules! read {
-    ($asm:literal) => {
+    ($($register:tt)*) => {
         /// Its value.
         #[inline(always)]
         #[must_use]
@@ -16,7 +27,8 @@ macro_rules! read {
             let value: u64;
             // SAFETY: reading this register has no side effect on memory.
             unsafe {
-                asm!(concat!("mrs {}, ", $asm), out(reg) value, options(nostack, preserves_flags));
+                asm!(concat!("mrs {}, ", encoding!($($register)*)), out(reg) value,
+                     options(nostack, preserves_flags));
             }
             value
         }
@@ -24,27 +36,28 @@ macro_rules! read {
 }
 
 macro_rules! read_only {
-    ($($name:ident = $asm:literal;)*) => { $(
+    ($($name:ident $(= $asm:literal)?),* $(,)?) => { $(
         #[doc = concat!("The register `", stringify!($name), "`.")]
         pub mod $name {
             use super::asm;
-            read!($asm);
+            read!($name $($asm)?);
         }
     )* };
 }
 
 macro_rules! lower_level {
-    ($($name:ident = $asm:literal;)*) => { $(
+    ($($name:ident $(= $asm:literal)?),* $(,)?) => { $(
         #[doc = concat!("The register `", stringify!($name), "`.")]
         pub mod $name {
             use super::asm;
-            read!($asm);
+            read!($name $($asm)?);
             /// Changes it; a context synchronisation event makes it effective.
             #[inline(always)]
             pub fn write(value: u64) {
                 // SAFETY: the register governs lower exception levels only.
                 unsafe {
-                    asm!(concat!("msr ", $asm, ", {}"), in(reg) value, options(nostack, preserves_flags));
+                    asm!(concat!("msr ", encoding!($name $($asm)?), ", {}"), in(reg) value,
+                         options(nostack, preserves_flags));
                 }
             }
         }
@@ -52,11 +65,11 @@ macro_rules! lower_level {
 }
 
 macro_rules! el3 {
-    ($($name:ident = $asm:literal;)*) => { $(
+    ($($name:ident $(= $asm:literal)?),* $(,)?) => { $(
         #[doc = concat!("The register `", stringify!($name), "`, which governs EL3.")]
         pub mod $name {
             use super::asm;
-            read!($asm);
+            read!($name $($asm)?);
             /// Changes it.
             ///
             /// # Safety
@@ -66,7 +79,8 @@ macro_rules! el3 {
             pub unsafe fn write(value: u64) {
                 // SAFETY: passed on to the caller.
                 unsafe {
-                    asm!(concat!("msr ", $asm, ", {}"), in(reg) value, options(nostack, preserves_flags));
+                    asm!(concat!("msr ", encoding!($name $($asm)?), ", {}"), in(reg) value,
+                         options(nostack, preserves_flags));
                 }
             }
         }
@@ -74,86 +88,36 @@ macro_rules! el3 {
 }
 
 read_only! {
-    cntpct_el0 = "cntpct_el0";
-    elr_el3 = "elr_el3";
-    esr_el3 = "esr_el3";
-    far_el3 = "far_el3";
-    id_aa64dfr0_el1 = "id_aa64dfr0_el1";
-    id_aa64mmfr0_el1 = "id_aa64mmfr0_el1";
-    id_aa64pfr0_el1 = "id_aa64pfr0_el1";
-    midr_el1 = "midr_el1";
-    mpidr_el1 = "mpidr_el1";
-    ich_vtr_el2 = "s3_4_c12_c11_1";
-    ich_misr_el2 = "s3_4_c12_c11_2";
-    ich_eisr_el2 = "s3_4_c12_c11_3";
-    ich_elrsr_el2 = "s3_4_c12_c11_5";
+    cntpct_el0, elr_el3, esr_el3, far_el3, id_aa64dfr0_el1, id_aa64mmfr0_el1, id_aa64pfr0_el1,
+    midr_el1, mpidr_el1,
+    ich_vtr_el2 = "s3_4_c12_c11_1",
+    ich_misr_el2 = "s3_4_c12_c11_2",
+    ich_eisr_el2 = "s3_4_c12_c11_3",
+    ich_elrsr_el2 = "s3_4_c12_c11_5",
 }
 
 lower_level! {
-    actlr_el1 = "actlr_el1";
-    afsr0_el1 = "afsr0_el1";
-    afsr1_el1 = "afsr1_el1";
-    amair_el1 = "amair_el1";
-    cntfrq_el0 = "cntfrq_el0";
-    cnthctl_el2 = "cnthctl_el2";
-    cnthp_ctl_el2 = "cnthp_ctl_el2";
-    cntkctl_el1 = "cntkctl_el1";
-    cntp_ctl_el0 = "cntp_ctl_el0";
-    cntv_ctl_el0 = "cntv_ctl_el0";
-    cntvoff_el2 = "cntvoff_el2";
-    contextidr_el1 = "contextidr_el1";
-    cpacr_el1 = "cpacr_el1";
-    cptr_el2 = "cptr_el2";
-    csselr_el1 = "csselr_el1";
-    elr_el1 = "elr_el1";
-    elr_el2 = "elr_el2";
-    esr_el1 = "esr_el1";
-    esr_el2 = "esr_el2";
-    far_el1 = "far_el1";
-    far_el2 = "far_el2";
-    hcr_el2 = "hcr_el2";
-    hpfar_el2 = "hpfar_el2";
-    hstr_el2 = "hstr_el2";
-    mair_el1 = "mair_el1";
-    mdcr_el2 = "mdcr_el2";
-    mdscr_el1 = "mdscr_el1";
-    par_el1 = "par_el1";
-    sctlr_el1 = "sctlr_el1";
-    sctlr_el2 = "sctlr_el2";
-    sp_el0 = "sp_el0";
-    sp_el1 = "sp_el1";
-    spsr_el1 = "spsr_el1";
-    spsr_el2 = "spsr_el2";
-    tcr_el1 = "tcr_el1";
-    tpidr_el0 = "tpidr_el0";
-    tpidr_el1 = "tpidr_el1";
-    tpidrro_el0 = "tpidrro_el0";
-    ttbr0_el1 = "ttbr0_el1";
-    ttbr1_el1 = "ttbr1_el1";
-    vbar_el1 = "vbar_el1";
-    vbar_el2 = "vbar_el2";
-    vmpidr_el2 = "vmpidr_el2";
-    vpidr_el2 = "vpidr_el2";
-    vtcr_el2 = "vtcr_el2";
-    vttbr_el2 = "vttbr_el2";
-    icc_eoir0_el1 = "s3_0_c12_c8_1";
-    icc_igrpen0_el1 = "s3_0_c12_c12_6";
-    icc_pmr_el1 = "s3_0_c4_c6_0";
-    icc_sgi0r_el1 = "s3_0_c12_c11_7";
-    icc_sre_el1 = "s3_0_c12_c12_5";
-    icc_sre_el2 = "s3_4_c12_c9_5";
-    icc_sre_el3 = "s3_6_c12_c12_5";
-    icc_igrpen1_el3 = "s3_6_c12_c12_7";
-    ich_hcr_el2 = "s3_4_c12_c11_0";
-    ich_vmcr_el2 = "s3_4_c12_c11_7";
-    cptr_el3 = "cptr_el3";
-    mdcr_el3 = "mdcr_el3";
+    actlr_el1, afsr0_el1, afsr1_el1, amair_el1, cntfrq_el0, cnthctl_el2, cnthp_ctl_el2,
+    cntkctl_el1, cntp_ctl_el0, cntv_ctl_el0, cntvoff_el2, contextidr_el1, cpacr_el1, cptr_el2,
+    csselr_el1, elr_el1, elr_el2, esr_el1, esr_el2, far_el1, far_el2, hcr_el2, hpfar_el2,
+    hstr_el2, mair_el1, mdcr_el2, mdscr_el1, par_el1, sctlr_el1, sctlr_el2, sp_el0, sp_el1,
+    spsr_el1, spsr_el2, tcr_el1, tpidr_el0, tpidr_el1, tpidrro_el0, ttbr0_el1, ttbr1_el1,
+    vbar_el1, vbar_el2, vmpidr_el2, vpidr_el2, vtcr_el2, vttbr_el2, cptr_el3, mdcr_el3,
+    icc_eoir0_el1 = "s3_0_c12_c8_1",
+    icc_igrpen0_el1 = "s3_0_c12_c12_6",
+    icc_pmr_el1 = "s3_0_c4_c6_0",
+    icc_sgi0r_el1 = "s3_0_c12_c11_7",
+    icc_sre_el1 = "s3_0_c12_c12_5",
+    icc_sre_el2 = "s3_4_c12_c9_5",
+    icc_sre_el3 = "s3_6_c12_c12_5",
+    icc_igrpen1_el3 = "s3_6_c12_c12_7",
+    ich_hcr_el2 = "s3_4_c12_c11_0",
+    ich_vmcr_el2 = "s3_4_c12_c11_7",
 }
 
 el3! {
-    l2ctlr_el1 = "s3_1_c11_c0_2";
-    scr_el3 = "scr_el3";
-    tpidr_el3 = "tpidr_el3";
+    scr_el3, tpidr_el3,
+    l2ctlr_el1 = "s3_1_c11_c0_2",
 }
 
 /// Acknowledges the highest-priority group 0 interrupt (`ICC_IAR0_EL1`);
