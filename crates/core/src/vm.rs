@@ -32,12 +32,6 @@ pub trait Machine {
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R;
 }
 
-/// Takes a page from the host; nothing shows it any more.
-fn take_from_host(m: &impl Machine, pa: Pa) -> Result<Page<Isolated>, Error> {
-    let page = m.pages().claim(pa, Owner::Host)?;
-    m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))
-}
-
 /// Wipes a page and gives it to the host.
 fn wipe_to_host(m: &impl Machine, page: Page<Isolated>) {
     give_to_host(m, page.scrub(m.hw()));
@@ -312,19 +306,26 @@ impl Vm {
         Ok(())
     }
 
-    fn check_guest_page(&self, m: &impl Machine, ipa: Ipa) -> Result<(), MapError> {
+    /// Takes the host's page `pa`, if it can go to `ipa`; nothing shows it any
+    /// more. Whose page it is comes first, before a lack of tables is told.
+    fn take_for(&self, m: &impl Machine, ipa: Ipa, pa: Pa) -> Result<Page<Isolated>, MapError> {
         if !ipa.is_page() {
             return Err(Error::Invalid.into());
         }
         if !self.is_ram(ipa) {
             return Err(Error::Denied.into());
         }
-        self.map.check(m.hw(), ipa)
+        let page = m.pages().claim(pa, Owner::Host)?;
+        if let Err(error) = self.map.check(m.hw(), ipa) {
+            m.pages().unclaim(page);
+            return Err(error);
+        }
+        Ok(m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?)
     }
 
     fn donate(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapError> {
         self.map.map(m.hw(), m.pages(), ipa, page).map_err(|(page, error)| {
-            // Unreachable after `check_guest_page` under one lock; still the
+            // Unreachable after `take_for` under one lock; still the
             // page must not be lost.
             give_to_host(m, page);
             error
@@ -345,9 +346,8 @@ impl Vm {
     ) -> Result<(), MapError> {
         self.in_phase(Phase::Open)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
-        self.check_guest_page(m, ipa)?;
         self.launch.check(ipa)?;
-        let page = take_from_host(m, pa)?.measure(m.hw(), buffer);
+        let page = self.take_for(m, ipa, pa)?.measure(m.hw(), buffer);
         self.launch.add_page(ipa, buffer);
         self.donate(m, ipa, page)
     }
@@ -385,8 +385,7 @@ impl Vm {
     pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapError> {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
-        self.check_guest_page(m, ipa)?;
-        let page = take_from_host(m, pa)?.scrub(m.hw());
+        let page = self.take_for(m, ipa, pa)?.scrub(m.hw());
         m.hw().invalidate_icache();
         self.donate(m, ipa, page)
     }

@@ -331,7 +331,7 @@ fn an_image_page_is_measured_out_of_the_hosts_hands() {
     let free = host_page(MEM + 2).0;
     let mut bad = |ipa, pa| refused(&m, &mut vm, |vm| populate(vm, ipa, pa));
     assert_eq!(bad(RAM + 0x4000, free), other(Error::Invalid));
-    assert_eq!(bad(RAM + 0x5000, free), other(Error::Denied));
+    assert_eq!(bad(RAM + 0x5000, free), other(Error::Invalid));
     assert_eq!(bad(RAM + 0x6000, free + 8), other(Error::Invalid));
     assert_eq!(bad(RAM + 0x6008, free), other(Error::Invalid));
     assert_eq!(bad(RAM + 0x4000_0000, free), other(Error::Denied));
@@ -449,6 +449,22 @@ fn a_device_page_never_lies_in_ram() {
     let gicv3 = |vm: &mut Vm| vm.map_device(&m, 0x803_0000, gicv);
     assert_eq!(refused(&m, &mut vm, gicv3), other(Error::Denied));
     vm.add_ram(0x803_0000, 0x1000).unwrap();
+}
+
+#[test]
+fn whose_page_it_is_comes_before_a_lack_of_tables() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    let page = host_page(MEM);
+    vm.map_page(&m, RAM, page.0).unwrap();
+    // No table is there for the last page of RAM, and none in the pool.
+    while vm.map.take_from_pool(&m.hw, &m.pages).is_some() {}
+    let far = vm.ram[0].base + vm.ram[0].size - 0x1000;
+    let mut map = |pa: Pa| vm.map_page(&m, far, pa.0);
+    assert_eq!(map(page), Err(other(Error::Denied)));
+    assert!(matches!(map(host_page(MEM + 1)), Err(MapError::Tables(_))));
+    assert_eq!(m.pages.owner(host_page(MEM + 1)), Some(Owner::Host));
 }
 
 #[test]
