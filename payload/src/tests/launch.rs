@@ -41,7 +41,7 @@ fn populate_bad() -> Outcome {
     // In rising order, each once.
     vm.call(Function::VmPopulate, &[FREE, page])?;
     expect!(vm.call(Function::VmPopulate, &[FREE - 4096, page + 4096]), Err(INVALID));
-    expect!(vm.call(Function::VmPopulate, &[FREE, page + 4096]), Err(DENIED));
+    expect!(vm.call(Function::VmPopulate, &[FREE, page + 4096]), Err(INVALID));
     expect!(vm.call(Function::VmPopulate, &[FREE + 4096, page]), Err(DENIED));
     expect!(first_change(page + 4096, PATTERN), None);
     vm.call(Function::VmPopulate, &[FREE + 4096, page + 4096])?;
@@ -73,7 +73,7 @@ fn no_swap_behind_the_measurement() -> Outcome {
     vm.call(Function::PageUnmap, &[RAM, 1])?;
     ensure!(memory::is_zero(page), "the image page came back with its content");
     fill(page, 1);
-    expect!(vm.call(Function::VmPopulate, &[RAM, page]), Err(DENIED));
+    expect!(vm.call(Function::VmPopulate, &[RAM, page]), Err(INVALID));
     vm.call(Function::VmActivate, &[])?;
     expect!(vm.call(Function::PageMap, &[RAM, page, 4096]), Err(DENIED));
     expect!(first_change(page, 1), None);
