@@ -34,6 +34,10 @@ mod target {
 const NOTICE: Duration = Duration::from_secs(20);
 /// How long to wait when every attempt was refused. The verdict at the end covers all pages.
 const REFUSED: Duration = Duration::from_millis(500);
+/// How often the vCPUs of a running QEMU are looked at until the guest's values are in sight, and
+/// how often they are written without.
+const AIMED_LOOKS: u64 = 80;
+const BLIND_LOOKS: u64 = 10;
 
 /// What a check came to.
 pub enum Found {
@@ -631,14 +635,15 @@ impl<'a> Field<'a> {
         let (register, right) = known[16];
         let wrong = !right;
         let (mut hit, mut accepted) = (false, 0);
-        for look in 0..40 {
-            std::thread::sleep(Duration::from_millis(23));
+        for look in 0..AIMED_LOOKS + BLIND_LOOKS {
+            // Out of step with the guest, which spins and rests in turn.
+            std::thread::sleep(Duration::from_millis(11 + look * 7 % 23));
             self.guests[guest].while_stopped(|| -> Result<(), String> {
                 for vcpu in &self.vcpus[guest] {
                     let regs = self.attacker.regs(vcpu.as_fd(), &[]).map_err(|e| e.to_string())?;
                     let aimed = known.iter().all(|(r, v)| regs.x[*r] == *v);
                     // Without sight of the registers it is tried blindly, towards the end.
-                    if hit || !(aimed || look >= 30) {
+                    if hit || !(aimed || look >= AIMED_LOOKS) {
                         continue;
                     }
                     hit = aimed;

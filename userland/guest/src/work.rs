@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 /// How many pages an attack may aim at: their addresses are published.
 const TARGETS: usize = 16;
-const SPIN: u64 = 1_500_000;
+const SPIN: u64 = 4_000_000;
 const STEPS: u32 = 20_000;
 const PAUSE: Duration = Duration::from_millis(20);
 /// Passes over the whole memory at least, whatever the time limit.
