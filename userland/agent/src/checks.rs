@@ -87,33 +87,74 @@ const CHECKS: [(&str, Check); 16] = [
     ("regs-write-qemu", |f| f.regs_write_qemu()),
 ];
 
+/// Attacks that only `job=attack` makes: those of `havmsi-vmm` against guests of its own.
+const VMM_ATTACKS: [&str; 15] = [
+    "own-mapping-read",
+    "own-mapping-write",
+    "slot-alias",
+    "slot-of-two-vms",
+    "inject-abort",
+    "slot-delete",
+    "slot-replace",
+    "image-change",
+    "late-fill",
+    "take-back",
+    "replay",
+    "vcpu-entry",
+    "guest-debug",
+    "reset-read",
+    "time-back",
+];
+
+/// What is left after an attack, with `job=attack`.
+struct After {
+    /// No guest has noticed anything, and none has ended.
+    victim: bool,
+    /// Another VM starts and works.
+    new_vm: bool,
+}
+
 /// Prints a check's result; whether it is one.
-fn report(id: &str, start: Instant, outcome: Outcome) -> bool {
+fn report(id: &str, start: Instant, outcome: Outcome, after: Option<After>) -> bool {
     let (result, evidence) = match outcome {
         Ok(Exposed(text)) => ("exposed", text),
         Ok(Protected(text)) => ("protected", text),
         Ok(Skipped(text)) => ("skipped", text),
         Err(text) => ("error", text),
     };
-    out::event(
-        Object::event("check")
-            .text("id", id)
-            .text("result", result)
-            .text("evidence", &evidence)
-            .value("ms", start.elapsed().as_millis()),
-    );
+    let mut event = Object::event("check")
+        .text("id", id)
+        .text("result", result)
+        .text("evidence", &evidence)
+        .value("ms", start.elapsed().as_millis());
+    if let Some(after) = after {
+        event = event.value("victim_ok", after.victim).value("new_vm_ok", after.new_vm);
+    }
+    out::event(event);
     result != "error"
 }
 
 /// Runs the checks that are asked for; the ids of those that failed to run.
 pub fn run(params: &Params, attacker: &Attacker, guests: &[Guest]) -> Result<Vec<String>, String> {
     let mut field = Field::new(params, attacker, guests)?;
-    let wanted: Vec<_> = CHECKS.iter().filter(|(id, _)| params.wants(id)).collect();
+    let all = params.job == "attack";
+    let more: &[&str] = if all { &VMM_ATTACKS } else { &[] };
+    let ids = CHECKS.iter().map(|c| c.0).chain(more.iter().copied());
+    let wanted: Vec<_> = ids.filter(|id| params.wants(id)).collect();
     let mut failed = Vec::new();
-    for (i, (id, check)) in wanted.iter().enumerate() {
+    for (i, id) in wanted.iter().enumerate() {
         out::progress("checks", i, wanted.len(), id);
         let start = Instant::now();
-        if !report(id, start, check(&mut field)) {
+        let changes = field.all_changes();
+        let outcome = match CHECKS.iter().find(|c| c.0 == *id) {
+            Some((_, check)) => check(&mut field),
+            None => field.own_vmm(id),
+        };
+        let after = all.then(|| After {
+            victim: field.all_changes() == changes && guests.iter().all(|g| !g.with(|s| s.ended)),
+            new_vm: another_vm(),
+        });
+        if !report(id, start, outcome, after) {
             failed.push((*id).to_owned());
         }
     }
@@ -129,7 +170,14 @@ pub fn dead_scan(params: &Params, attacker: &Attacker, seeds: &[Seed]) -> bool {
     }
     let start = Instant::now();
     let outcome = attacker.scan(seeds, Via::Linear).map_err(|e| format!("scan: {e}"));
-    report(ID, start, outcome.map(|scan| judge(&scan, seeds.len())))
+    let after = (params.job == "attack").then(|| After { victim: true, new_vm: another_vm() });
+    report(ID, start, outcome.map(|scan| judge(&scan, seeds.len())), after)
+}
+
+/// Whether a VM can be started and works.
+fn another_vm() -> bool {
+    let vmm = Command::new("/havmsi/vmm").arg("alive").stdin(Stdio::null()).status();
+    vmm.is_ok_and(|status| status.success())
 }
 
 fn judge(scan: &Scan, guests: usize) -> Found {
@@ -325,6 +373,11 @@ impl<'a> Field<'a> {
     }
 
     // ---- Writing ----
+
+    /// Changes that all guests have noticed so far.
+    fn all_changes(&self) -> usize {
+        (0..self.guests.len()).map(|g| self.changes(g)).sum()
+    }
 
     fn changes(&self, guest: usize) -> usize {
         self.guests[guest].with(|s| s.corrupt.len())

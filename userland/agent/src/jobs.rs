@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 const BOOT: Duration = Duration::from_secs(120);
 const END: Duration = Duration::from_secs(60);
+/// The number of the guest that is started when all attacks are over.
+const LATER: usize = 9;
 
 /// What a job works with.
 pub struct Job<'a> {
@@ -28,7 +30,7 @@ impl Job<'_> {
     /// Does what the parameters ask for.
     pub fn run(&self) -> End {
         match self.params.job.as_str() {
-            "run" => self.main(),
+            "run" | "attack" => self.main(),
             "smp4" | "boot" => self.work(),
             "reboot" => self.reboot(),
             "rounds" => self.rounds(),
@@ -127,6 +129,9 @@ impl Job<'_> {
         let verdicts = self.finish(&mut guests);
         drop(guests);
         let scanned = checks::dead_scan(self.params, attacker, &seeds);
+        if self.params.job == "attack" {
+            self.later();
+        }
         let failed = failed?;
         if !failed.is_empty() || !scanned {
             return Err(format!("checks that could not be carried out: {}", failed.join(", ")));
@@ -136,6 +141,19 @@ impl Job<'_> {
             verdicts?;
         }
         Ok("all checks were carried out".to_owned())
+    }
+
+    /// After all attacks: one more guest with a whole kernel, from its start to its verdict.
+    fn later(&self) {
+        let guest = self.start_one();
+        let result = guest.and_then(|mut guest| self.finish(std::slice::from_mut(&mut guest)));
+        let text = result.as_ref().err().map_or("", String::as_str);
+        out::event(Object::event("later").value("ok", result.is_ok()).text("text", text));
+    }
+
+    fn start_one(&self) -> Result<Guest, String> {
+        let guest = Guest::start(LATER, self.params, "work")?;
+        if guest.wait(BOOT, |s| s.seed.is_some()) { Ok(guest) } else { Err(self.no_seed(&guest)) }
     }
 
     fn work(&self) -> End {

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A tiny VMM on KVM's ioctls that attacks its own guest: what does `KVM_GET_ONE_REG` show of a
-//! vCPU that has run, and does `KVM_SET_ONE_REG` take effect?
+//! A tiny VMM on KVM's ioctls that attacks guests of its own: registers (the guest of `tiny.rs`),
+//! memory slots, exceptions, vCPUs, debugging, time (the guest of `obey.rs`).
 //!
-//! `havmsi-vmm regs-read` and `havmsi-vmm regs-write` each run the guest of `tiny.rs` once and print
-//! a line `@vmm {"event":"check","id":...,"result":"exposed"|"protected"|"error","evidence":...}`.
+//! `havmsi-vmm ID` carries out one attack and prints a line
+//! `@vmm {"event":"check","id":...,"result":"exposed"|"protected"|"error","evidence":...}`;
+//! `havmsi-vmm alive` only runs a guest: exit status 0 if all is well with it.
 
+mod attacks;
+mod memory;
+mod obey;
 mod tiny;
 mod vm;
 
@@ -33,7 +37,7 @@ struct Finding {
 
 /// Looks at the registers after each exit.
 fn regs_read() -> Result<Finding, String> {
-    let mut vm = Vm::new()?;
+    let mut vm = Vm::new(tiny::image())?;
     let total = known().len();
     let (mut texts, mut exposed) = (Vec::new(), false);
     let mut phase = 0;
@@ -53,7 +57,7 @@ fn regs_read() -> Result<Finding, String> {
             Stop::Load(tiny::ANSWER) => "load",
             Stop::Interrupt => "interrupt",
             Stop::Off => break,
-            other => return Err(format!("unexpected exit {other:?}")),
+            other => return Err(format!("unexpected exit {other:x?}")),
         };
         // One line of evidence for each kind of exit.
         if !texts.iter().any(|(e, _)| *e == exit) {
@@ -75,7 +79,7 @@ fn regs_read() -> Result<Finding, String> {
 
 /// Changes registers after exits, and listens to the guest.
 fn regs_write() -> Result<Finding, String> {
-    let mut vm = Vm::new()?;
+    let mut vm = Vm::new(tiny::image())?;
     let mut refused = 0;
     let mut changed = Vec::new();
     let mut pwned = false;
@@ -101,7 +105,7 @@ fn regs_write() -> Result<Finding, String> {
             }
             Stop::Interrupt => {}
             Stop::Off => break,
-            other => return Err(format!("unexpected exit {other:?}")),
+            other => return Err(format!("unexpected exit {other:x?}")),
         }
     }
     let mask = changed.first().copied().ok_or("the guest gave no report")?;
@@ -117,11 +121,23 @@ fn regs_write() -> Result<Finding, String> {
 
 fn main() -> ExitCode {
     let id = std::env::args().nth(1).unwrap_or_default();
-    let result = match id.as_str() {
-        "regs-read" => regs_read(),
-        "regs-write" => regs_write(),
+    let attack = attacks::ATTACKS.iter().find(|(name, _)| *name == id);
+    let result = match (id.as_str(), attack) {
+        ("regs-read", _) => regs_read(),
+        ("regs-write", _) => regs_write(),
+        (_, Some((_, attack))) => attack(),
+        ("alive", _) => {
+            return match attacks::alive() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => {
+                    eprintln!("havmsi-vmm: {e}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         _ => {
-            eprintln!("usage: havmsi-vmm regs-read|regs-write");
+            let names: Vec<&str> = attacks::ATTACKS.iter().map(|a| a.0).collect();
+            eprintln!("usage: havmsi-vmm alive|regs-read|regs-write|{}", names.join("|"));
             return ExitCode::from(2);
         }
     };

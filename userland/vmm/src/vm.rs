@@ -1,12 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! One VM with one vCPU and the guest of `tiny.rs` in it.
+//! A VM with a guest of ours in it: code in one memory slot, data in another.
 
+use crate::memory::Memory;
+use crate::obey::{self, order};
 use crate::tiny;
-use kvm_bindings::{KVM_ARM_VCPU_PSCI_0_2, kvm_regs, kvm_userspace_memory_region, kvm_vcpu_init};
+use kvm_bindings::{
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, kvm_regs, kvm_userspace_memory_region,
+    kvm_vcpu_init,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use std::mem::offset_of;
+use std::rc::Rc;
 
-const RAM_SIZE: usize = 2 << 20;
+/// Bytes of a slot.
+pub const SLOT: u64 = 1 << 20;
+/// Where the data slot begins.
+pub const DATA: u64 = tiny::RAM + SLOT;
 const CORE: u64 = 0x6030_0000_0010_0000;
 const CORE_128: u64 = 0x6040_0000_0010_0000;
 const SYSTEM: u64 = 0x6030_0000_0013_0000;
@@ -24,6 +33,8 @@ pub enum Reg {
     TpidrEl1,
     /// A system register.
     TpidrEl0,
+    /// The virtual counter.
+    Counter,
 }
 
 impl Reg {
@@ -38,6 +49,8 @@ impl Reg {
             // op0, op1, CRn, CRm, op2 in 2, 3, 4, 4, 3 bits.
             Self::TpidrEl1 => SYSTEM | 3 << 14 | 13 << 7 | 4,
             Self::TpidrEl0 => SYSTEM | 3 << 14 | 3 << 11 | 13 << 7 | 2,
+            // KVM_REG_ARM_TIMER_CNT: its number is CVAL's, by an old mistake of the user API.
+            Self::Counter => SYSTEM | 3 << 14 | 3 << 11 | 14 << 7 | 3 << 3 | 2,
         }
     }
 
@@ -49,23 +62,51 @@ impl Reg {
 /// Why the vCPU stopped.
 #[derive(Debug)]
 pub enum Stop {
-    /// A store to the device.
+    /// A store to a device.
     Store(u64, u64),
-    /// A load from it; it was answered.
+    /// A load from one; it was answered.
     Load(u64),
     /// A signal of ours.
     Interrupt,
+    /// A debug exception came to us.
+    Debug,
     /// The guest powered off.
     Off,
-    /// Anything else; standard error says what.
-    Other,
+    /// KVM doesn't run it, and why.
+    Failed(String),
+}
+
+/// What came of an order to the guest of `obey.rs`.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// The result.
+    Value(u64),
+    /// The guest took an exception; its syndrome.
+    Fault(u64),
+    /// It stopped elsewhere or can't go on.
+    Stopped(String),
+}
+
+impl std::fmt::Display for Reply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Value(value) => write!(f, "{value:#x}"),
+            Self::Fault(esr) => write!(f, "an exception in the guest (class {:#x})", esr >> 26),
+            Self::Stopped(why) => f.write_str(why),
+        }
+    }
 }
 
 /// The VM.
 pub struct Vm {
-    vcpu: VcpuFd,
-    // Keep what the vCPU lives in.
-    _vm: VmFd,
+    vcpus: Vec<VcpuFd>,
+    /// Its first slot, with the image at the start.
+    pub code: Memory,
+    /// Its second slot.
+    pub data: Rc<Memory>,
+    order: [u64; 3],
+    /// KVM's descriptor.
+    pub vm: VmFd,
     _kvm: Kvm,
 }
 
@@ -81,7 +122,7 @@ fn interrupt_in(ms: i32) -> Result<(), String> {
     let none = libc::timeval { tv_sec: 0, tv_usec: 0 };
     let timer = libc::itimerval {
         it_interval: none,
-        it_value: libc::timeval { tv_sec: 0, tv_usec: (ms * 1000).into() },
+        it_value: libc::timeval { tv_sec: (ms / 1000).into(), tv_usec: (ms % 1000 * 1000).into() },
     };
     // SAFETY: a valid structure; the old timer isn't asked for.
     let second =
@@ -93,89 +134,160 @@ fn interrupt_in(ms: i32) -> Result<(), String> {
     }
 }
 
-/// Memory for the guest, with its image at the start.
-fn ram() -> Result<u64, String> {
-    let prot = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    // SAFETY: a new anonymous mapping at an address of the kernel's choice.
-    let p = unsafe { libc::mmap(std::ptr::null_mut(), RAM_SIZE, prot, flags, -1, 0) };
-    if p == libc::MAP_FAILED {
-        return Err(format!("mmap: {}", std::io::Error::last_os_error()));
-    }
-    let image = tiny::image();
-    // SAFETY: the mapping is larger than the image, and nobody else knows it yet.
-    unsafe { std::ptr::copy_nonoverlapping(image.as_ptr(), p.cast(), image.len()) };
-    Ok(p.expose_provenance() as u64)
+fn text(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> String {
+    move |e| format!("{what}: {e}")
 }
 
 impl Vm {
-    /// Makes the VM; the vCPU stands at the guest's first instruction.
-    pub fn new() -> Result<Self, String> {
-        let text = |what: &'static str| move |e: kvm_ioctls::Error| format!("{what}: {e}");
+    /// Makes a VM with one vCPU, which stands at the image's first instruction.
+    pub fn new(image: &[u8]) -> Result<Self, String> {
+        Self::with(image, 1, Rc::new(Memory::new(SLOT)?))
+    }
+
+    /// Makes a VM with this data slot; vCPUs but the first are off.
+    pub fn with(image: &[u8], vcpus: u64, data: Rc<Memory>) -> Result<Self, String> {
         let kvm = Kvm::new().map_err(text("/dev/kvm"))?;
         let vm = kvm.create_vm().map_err(text("KVM_CREATE_VM"))?;
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: tiny::RAM,
-            memory_size: RAM_SIZE as u64,
-            userspace_addr: ram()?,
-        };
-        // SAFETY: the mapping is never unmapped and never reached through a reference again.
-        unsafe { vm.set_user_memory_region(region) }.map_err(text("memory region"))?;
-        let vcpu = vm.create_vcpu(0).map_err(text("KVM_CREATE_VCPU"))?;
-        let mut init = kvm_vcpu_init::default();
-        vm.get_preferred_target(&mut init).map_err(text("preferred target"))?;
-        init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
-        vcpu.vcpu_init(&init).map_err(text("KVM_ARM_VCPU_INIT"))?;
-        let this = Self { vcpu, _vm: vm, _kvm: kvm };
+        let code = Memory::new(SLOT)?;
+        code.copy(image);
+        let mut this = Self { vcpus: Vec::new(), code, data, order: [0; 3], vm, _kvm: kvm };
+        this.slot(0, tiny::RAM, SLOT, &this.code)?;
+        this.slot(1, DATA, SLOT, &this.data)?;
+        for i in 0..vcpus {
+            let vcpu = this.vm.create_vcpu(i).map_err(text("KVM_CREATE_VCPU"))?;
+            this.vcpus.push(vcpu);
+            this.init(usize::try_from(i).unwrap_or(0))?;
+        }
         this.set(Reg::Pc, tiny::RAM)?;
         Ok(this)
+    }
+
+    /// `KVM_ARM_VCPU_INIT`: to the state after a reset.
+    pub fn init(&self, vcpu: usize) -> Result<(), String> {
+        let mut init = kvm_vcpu_init::default();
+        self.vm.get_preferred_target(&mut init).map_err(text("preferred target"))?;
+        init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+        if vcpu > 0 {
+            init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
+        }
+        self.vcpus[vcpu].vcpu_init(&init).map_err(text("KVM_ARM_VCPU_INIT"))
+    }
+
+    /// Sets a memory slot; size 0 deletes it.
+    pub fn slot(&self, slot: u32, ipa: u64, size: u64, memory: &Memory) -> Result<(), String> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: ipa,
+            memory_size: size,
+            userspace_addr: memory.address(),
+        };
+        // SAFETY: a mapping that is never unmapped, and never reached through a reference.
+        unsafe { self.vm.set_user_memory_region(region) }
+            .map_err(text("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// The descriptor of a vCPU.
+    pub fn vcpu(&self, i: usize) -> &VcpuFd {
+        &self.vcpus[i]
     }
 
     /// `KVM_GET_ONE_REG`.
     pub fn get(&self, reg: Reg) -> Result<u64, String> {
         let mut bytes = [0; 16];
         let part = &mut bytes[..reg.size()];
-        self.vcpu.get_one_reg(reg.id(), part).map_err(|e| format!("{reg:?}: {e}"))?;
+        self.vcpus[0].get_one_reg(reg.id(), part).map_err(|e| format!("{reg:?}: {e}"))?;
         let mut word = [0; 8];
         word.copy_from_slice(&bytes[..8]);
         Ok(u64::from_le_bytes(word))
     }
 
-    /// `KVM_SET_ONE_REG`.
+    /// `KVM_SET_ONE_REG` of the first vCPU.
     pub fn set(&self, reg: Reg, value: u64) -> Result<(), String> {
+        self.set_of(0, reg, value)
+    }
+
+    /// `KVM_SET_ONE_REG`.
+    pub fn set_of(&self, vcpu: usize, reg: Reg, value: u64) -> Result<(), String> {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&value.to_le_bytes());
         let part = &bytes[..reg.size()];
-        self.vcpu.set_one_reg(reg.id(), part).map(drop).map_err(|e| format!("{reg:?}: {e}"))
+        let vcpu = &self.vcpus[vcpu];
+        vcpu.set_one_reg(reg.id(), part).map(drop).map_err(|e| format!("{reg:?}: {e}"))
     }
 
-    /// Runs to the next stop; `interrupt`: a signal comes soon.
+    /// Lets a signal end a run after that many milliseconds.
+    pub fn timer(&self, ms: i32) -> Result<(), String> {
+        interrupt_in(ms)
+    }
+
+    /// Runs the first vCPU to its next stop; `interrupt`: a signal comes soon.
     pub fn run(&mut self, interrupt: bool) -> Result<Stop, String> {
         if interrupt {
             interrupt_in(20)?;
         }
-        match self.vcpu.run() {
+        Ok(self.run_of(0))
+    }
+
+    /// Runs a vCPU to its next stop.
+    pub fn run_of(&mut self, vcpu: usize) -> Stop {
+        let order = self.order;
+        match self.vcpus[vcpu].run() {
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 let mut word = [0; 8];
                 word[..data.len()].copy_from_slice(data);
-                Ok(Stop::Store(address, u64::from_le_bytes(word)))
+                Stop::Store(address, u64::from_le_bytes(word))
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
-                let value = tiny::ANSWER_VALUE.to_le_bytes();
-                if let Some(place) = data.first_chunk_mut() {
-                    *place = value;
-                }
-                Ok(Stop::Load(address))
+                let place = obey::ORDER.iter().position(|a| *a == address);
+                let value = place.map_or(tiny::ANSWER_VALUE.into(), |i| order[i]);
+                let size = data.len();
+                data.copy_from_slice(&value.to_le_bytes()[..size]);
+                Stop::Load(address)
             }
-            Ok(VcpuExit::SystemEvent(..)) => Ok(Stop::Off),
-            Ok(other) => {
-                eprintln!("havmsi-vmm: exit {other:?}");
-                Ok(Stop::Other)
+            Ok(VcpuExit::SystemEvent(..)) => Stop::Off,
+            Ok(VcpuExit::Debug(_)) => Stop::Debug,
+            Ok(other) => Stop::Failed(format!("KVM_RUN ends with {other:?}")),
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => Stop::Interrupt,
+            Err(e) => Stop::Failed(format!("KVM_RUN: {e}")),
+        }
+    }
+
+    /// Has the guest of `obey.rs` carry out an order.
+    pub fn order(&mut self, number: u64, a: u64, b: u64) -> Reply {
+        self.order = [number, a, b];
+        if let Err(e) = interrupt_in(5000) {
+            return Reply::Stopped(e);
+        }
+        loop {
+            match self.run_of(0) {
+                Stop::Load(address) if obey::ORDER.contains(&address) => {}
+                Stop::Store(obey::RESULT, value) => return Reply::Value(value),
+                Stop::Store(obey::FAULT, esr) => return Reply::Fault(esr),
+                Stop::Interrupt => return Reply::Stopped("no answer for 5 s".to_owned()),
+                Stop::Failed(why) => return Reply::Stopped(why),
+                other => return Reply::Stopped(format!("{other:x?}")),
             }
-            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => Ok(Stop::Interrupt),
-            Err(e) => Err(format!("KVM_RUN: {e}")),
+        }
+    }
+
+    /// An order that the guest must be able to carry out.
+    pub fn must(&mut self, number: u64, a: u64, b: u64) -> Result<u64, String> {
+        match self.order(number, a, b) {
+            Reply::Value(value) => Ok(value),
+            other => Err(format!("the guest doesn't carry out order {number}: {other}")),
+        }
+    }
+
+    /// Has the guest count in its registers until a signal interrupts it.
+    pub fn interrupted(&mut self) -> Result<(), String> {
+        self.order = [order::SPIN, 1 << 40, 0];
+        loop {
+            match self.run(true)? {
+                Stop::Load(address) if obey::ORDER.contains(&address) => {}
+                Stop::Interrupt => return Ok(()),
+                other => return Err(format!("no interrupt but {other:x?}")),
+            }
         }
     }
 }
