@@ -157,22 +157,33 @@ pub fn table() -> Vec<Row> {
 /// Builds what the chosen rows need, so that no row's time-out pays for it.
 pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
     let any = |kind: fn(&Work) -> bool| rows.iter().any(|r| kind(&r.work));
-    if any(|w| matches!(w, Work::Cargo(_))) {
-        setup::ensure(ctx, &[Need::Targets, Need::Lints])?;
-    }
-    if any(|w| matches!(w, Work::Payload(..))) {
-        setup::ensure(ctx, &[Need::Qemu, Need::Targets, Need::Binutils])?;
-        build::monitor(ctx)?;
-        build::payload(ctx)?;
-    }
-    if any(|w| {
+    let cargo = any(|w| matches!(w, Work::Cargo(_)));
+    let payload = any(|w| matches!(w, Work::Payload(..)));
+    let linux = any(|w| {
         matches!(
             w,
             Work::Run(..) | Work::Job(..) | Work::NoMonitor(..) | Work::Digest(_) | Work::Cli(_)
         )
-    }) {
-        setup::ensure(ctx, setup::ALL)?;
+    });
+    // All at once, so that whoever has to install by hand is told once.
+    let mut needs = Vec::new();
+    if cargo {
+        needs.extend([Need::Targets, Need::Lints]);
+    }
+    if payload {
+        needs.extend([Need::Qemu, Need::Targets, Need::Binutils]);
+    }
+    if linux {
+        needs.extend(setup::ALL);
+    }
+    setup::ensure(ctx, &needs)?;
+    if payload {
+        build::payload(ctx)?;
+    }
+    if linux {
         image::all(ctx)?;
+    }
+    if payload || linux {
         build::monitor(ctx)?;
     }
     Ok(())

@@ -13,7 +13,7 @@ use crate::image::{self, Images};
 use crate::job::{self, Limits, Outcome};
 use crate::machine::{self, Config, Kind};
 use crate::report::{self, Report, Seconds};
-use crate::setup::{self, Need};
+use crate::setup;
 use crate::ui::Step;
 use crate::{Ctx, build, digest, sh, tcb};
 
@@ -101,7 +101,7 @@ impl Default for Args {
 
 /// Builds what a machine needs and configures it.
 pub fn configure(ctx: &Ctx, args: &Args, kind: Kind) -> Result<Config> {
-    setup::ensure(ctx, &[Need::Qemu, Need::Targets])?;
+    setup::ensure(ctx, setup::ALL)?;
     let images = image::all(ctx)?;
     let monitor = if kind == Kind::Havmsi { Some(build::monitor(ctx)?) } else { None };
     Ok(args.config(kind, &images, monitor.as_ref(), &args.job))
@@ -206,7 +206,7 @@ fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) ->
 /// Runs both machines and judges what came of it.
 pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
     let start = Instant::now();
-    setup::ensure(ctx, &[Need::Qemu, Need::Targets])?;
+    setup::ensure(ctx, setup::ALL)?;
     let images = image::all(ctx)?;
     let monitor = if args.control { None } else { Some(build::monitor(ctx)?) };
     let config = |kind| args.config(kind, &images, monitor.as_ref(), &args.job);

@@ -144,6 +144,8 @@ impl Missing {
         missing
             .release
             .extend(needs.iter().flat_map(|&n| packages(n)).copied().filter(|p| !installed(p)));
+        missing.release.sort_unstable();
+        missing.release.dedup();
         if needs.contains(&Need::Kernel) && !PathBuf::from(LINUX_SOURCE).is_file() {
             missing.new.push(LINUX_PACKAGE);
         }
