@@ -74,6 +74,8 @@ extern "C" fn start(number: usize) -> ! {
 
 fn first() -> ! {
     log::init();
+    #[cfg(feature = "leave-out")]
+    crate::leave_out::init();
     let facts = platform::facts();
     mmu::map_ram(&facts.ram);
     // SAFETY: just mapped so; all of the monitor's objects lie in secure RAM.

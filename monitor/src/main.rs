@@ -12,6 +12,8 @@ mod dispatch;
 mod exception;
 mod host;
 mod host_abort;
+#[cfg(feature = "leave-out")]
+mod leave_out;
 mod log;
 mod mmu;
 mod platform;

@@ -24,17 +24,28 @@ fn cargo(ctx: &Ctx) -> Command {
 }
 
 /// Builds packages for a target in release mode; returns the folder with the results.
-fn release(ctx: &Ctx, target: &str, packages: &[&str], extra: &[&str]) -> Result<PathBuf> {
+fn release(ctx: &Ctx, target: &str, packages: &[&str]) -> Result<PathBuf> {
+    profile(ctx, target, packages, "release", &[])
+}
+
+/// The same in some profile, with more words for Cargo.
+fn profile(
+    ctx: &Ctx,
+    target: &str,
+    packages: &[&str],
+    profile: &str,
+    extra: &[&str],
+) -> Result<PathBuf> {
     setup::ensure(ctx, &[Need::Targets])?;
     let step = ui::Step::short(&format!("cargo build {}", packages.join(" ")));
     let mut command = cargo(ctx);
-    command.args(["build", "--release", "--target", target]);
+    command.args(["build", "--profile", profile, "--target", target]);
     for package in packages {
         command.args(["-p", package]);
     }
     sh::run(command.args(extra), &ctx.log("cargo.log"))?;
     step.done();
-    Ok(ctx.target_dir().join(target).join("release"))
+    Ok(ctx.target_dir().join(target).join(profile))
 }
 
 /// Makes a flat binary of an ELF file.
@@ -52,9 +63,52 @@ pub struct Monitor {
     pub image: PathBuf,
 }
 
+/// What is in the image of each test monitor, and in no other.
+const TEST_BUILD: &[u8] = b"TEST BUILD";
+
 /// Builds the monitor.
 pub fn monitor(ctx: &Ctx) -> Result<Monitor> {
-    let dir = release(ctx, TARGETS[0], &["havmsi-monitor"], &[])?;
+    let monitor = monitor_image(ctx, &release(ctx, TARGETS[0], &["havmsi-monitor"])?)?;
+    if is_test_build(&monitor)? {
+        bail!("{} can leave a check out: not for use", monitor.image.display());
+    }
+    Ok(monitor)
+}
+
+/// Builds the test monitor that leaves out the check which QEMU's option
+/// `-fw_cfg name=opt/org.havmsi/leave-out,string=NAME` names. In a profile and folder of its own.
+pub fn test_monitor(ctx: &Ctx) -> Result<Monitor> {
+    let dir = profile(
+        ctx,
+        TARGETS[0],
+        &["havmsi-monitor"],
+        "leave-out",
+        &["--features", "havmsi-monitor/leave-out"],
+    )?;
+    let monitor = monitor_image(ctx, &dir)?;
+    if !is_test_build(&monitor)? {
+        bail!("{} leaves no check out", monitor.image.display());
+    }
+    Ok(monitor)
+}
+
+/// A release that can leave checks out must not even compile.
+pub fn no_release_leaves_out(ctx: &Ctx) -> Result<()> {
+    let mut command = cargo(ctx);
+    command.args(["build", "--release", "--target", TARGETS[0], "-p", "havmsi-monitor"]);
+    let out = command.args(["--features", "leave-out"]).output()?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    if out.status.success() || !said.contains("a release has all its checks") {
+        bail!("a release builds with the feature leave-out: {said}");
+    }
+    Ok(())
+}
+
+fn is_test_build(monitor: &Monitor) -> Result<bool> {
+    Ok(fs::read(&monitor.image)?.windows(TEST_BUILD.len()).any(|w| w == TEST_BUILD))
+}
+
+fn monitor_image(ctx: &Ctx, dir: &Path) -> Result<Monitor> {
     let elf = dir.join("havmsi-monitor");
     let image = dir.join("havmsi-monitor.bin");
     flat(ctx, &elf, &image)?;
@@ -69,7 +123,7 @@ pub fn monitor(ctx: &Ctx) -> Result<Monitor> {
 
 /// Builds the arm64 user programs; returns their folder.
 pub fn programs(ctx: &Ctx) -> Result<PathBuf> {
-    release(ctx, TARGETS[1], &PROGRAMS, &[])
+    release(ctx, TARGETS[1], &PROGRAMS)
 }
 
 /// Builds the bare-metal payload; `None` while there is none in the tree.
@@ -77,7 +131,7 @@ pub fn payload(ctx: &Ctx) -> Result<Option<PathBuf>> {
     if !ctx.root.join("payload/Cargo.toml").is_file() {
         return Ok(None);
     }
-    let dir = release(ctx, TARGETS[0], &["havmsi-payload"], &[])?;
+    let dir = release(ctx, TARGETS[0], &["havmsi-payload"])?;
     let image = dir.join("havmsi-payload.bin");
     flat(ctx, &dir.join("havmsi-payload"), &image)?;
     Ok(Some(image))

@@ -335,15 +335,28 @@ fn find_all(text: &str, word: &str) -> Vec<usize> {
     text.match_indices(word).map(|(i, _)| i).collect()
 }
 
-/// Counts one Rust file.
+/// Counts one Rust file. What only test monitors have does not count: items with
+/// `#[cfg(feature = "leave-out")]`, and `left_out!(Check => ...);`, which is nothing elsewhere.
 fn count_rust(source: &str) -> Count {
-    let mut text = strip(source, false).into_bytes();
+    let source = source.replace("#[cfg(feature = \"leave-out\")]", "#[cfg(test)]");
+    let mut text = strip(&source, false).into_bytes();
     text.iter_mut().filter(|c| !c.is_ascii()).for_each(|c| *c = b'~');
     let view = String::from_utf8_lossy(&text).into_owned();
     for start in find_all(&view, "#[cfg(test)]").into_iter().chain(find_all(&view, "#[test]")) {
         let end =
             item_end(&text, start + view.get(start..).and_then(|v| v.find(']')).unwrap_or(0) + 1);
         blank(&mut text, start, end);
+    }
+    for start in find_all(&view, "left_out!(") {
+        let statement = view.get(start..).unwrap_or_default();
+        // Its own name is all that is between the bracket and the arrow.
+        let name = statement.get("left_out!(".len()..).unwrap_or_default();
+        if name.trim_start_matches(ident).starts_with(" =>") {
+            let from = view.get(..start).and_then(|v| v.rfind('\n')).map_or(0, |i| i + 1);
+            let end = item_end(&text, start);
+            let end = if text.get(end) == Some(&b';') { end + 1 } else { end };
+            blank(&mut text, from, end);
+        }
     }
     let mut count = Count::default();
     let view = String::from_utf8_lossy(&text).into_owned();
@@ -463,6 +476,14 @@ mod tests {
         let source = "//! doc\n\n/* a\n b */\nfn a() {\n    let c = '\"'; // x\n    let s = \"// no { comment\";\n}\n\n\
             #[cfg(test)]\nmod tests {\n    fn t() { unsafe {} }\n}\n";
         assert_eq!(count_rust(source), Count { rust: 4, ..Count::default() });
+    }
+
+    #[test]
+    fn what_only_test_monitors_have_does_not_count() {
+        let source = "fn a() -> bool {\n    left_out!(A => return true);\n    crate::left_out!(B => if c { return d(1); });\n    \
+            left_out!(C => {\n        e();\n    });\n    x() && !left_out!(D)\n}\n\
+            #[cfg(feature = \"leave-out\")]\nfn f() {\n}\n#[cfg(feature = \"other-one\")]\nfn g() {}\n";
+        assert_eq!(count_rust(source).rust, 5);
     }
 
     #[test]
