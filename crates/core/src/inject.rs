@@ -65,7 +65,8 @@ pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> Entry {
     if sctlr_el1 & SCTLR_DSSBS != 0 {
         new |= spsr::SSBS;
     }
-    Entry { pc: vbar_el1 + offset, pstate: new }
+    // VBAR_EL1[10:0] are RES0: they may hold anything, and count as 0.
+    Entry { pc: vbar_el1 & !0x7ff | offset, pstate: new }
 }
 
 /// `ESR_EL1` of an undefined instruction.
@@ -98,6 +99,12 @@ mod tests {
         for (mode, offset) in [(0b00000, 0x400), (0b00100, 0), (0b00101, 0x200), (0b10000, 0x600)] {
             assert_eq!(synchronous(mode, 0, VBAR).pc, VBAR + offset);
         }
+    }
+
+    #[test]
+    fn reserved_bits_of_the_vector_base_do_not_count() {
+        assert_eq!(synchronous(0b00101, 0, VBAR | 0x7e0).pc, VBAR + 0x200);
+        assert_eq!(synchronous(0b10000, 0, u64::MAX).pc, 0xffff_ffff_ffff_fe00);
     }
 
     #[test]

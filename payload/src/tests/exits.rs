@@ -548,3 +548,37 @@ guest_program!(
     "svc #0"
 );
 test!(from_el0, "T20 T23");
+
+guest_program!(
+    odd_vectors,
+    // Bits [10:0] of VBAR_EL1 are reserved: a CPU may keep what is written there.
+    "mrs x1, vbar_el1",
+    "orr x1, x1, #0x7e0",
+    "msr vbar_el1, x1",
+    "isb",
+    "mrs x9, pmcr_el0",
+    // The end of the address space.
+    "mov x1, #-1",
+    "msr vbar_el1, x1",
+    "isb",
+    "str xzr, [x20]",
+    "mrs x9, pmcr_el0",
+    "b ."
+);
+
+/// A vector base of any value: an exception that the monitor gives a guest goes
+/// where the CPU would take it.
+fn odd_vector_base() -> Outcome {
+    let (vm, mut vcpu) = Vm::launch(odd_vectors(), [0; 4])?;
+    let fault = vcpu.fault()?;
+    ensure!(fault.is_undefined(), "{fault:x?}");
+    vcpu.report(0)?;
+    // There is nothing at the vector: it faults for ever.
+    vcpu.entry.flags.0 |= EntryFlags::COMPLETE;
+    gic::alarm(50);
+    let exit = vcpu.run_once();
+    gic::quiet();
+    expect!(exit?, Exit::default());
+    vm.destroy()
+}
+test!(odd_vector_base, "T23");
