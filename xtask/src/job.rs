@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::machine::{Config, Event, Machine};
 
 /// Result of one check.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 pub struct Check {
     /// Which attack.
     pub id: String,
@@ -24,6 +24,12 @@ pub struct Check {
     /// What was seen.
     #[serde(default)]
     pub evidence: String,
+    /// No guest noticed a change (`job=attack`).
+    #[serde(default)]
+    pub victim_ok: Option<bool>,
+    /// Another VM started and worked afterwards (`job=attack`).
+    #[serde(default)]
+    pub new_vm_ok: Option<bool>,
 }
 
 /// What a guest said at its end.
@@ -62,6 +68,8 @@ pub struct Outcome {
     pub verdicts: BTreeMap<u32, Verdict>,
     /// Handles of the guests' VMs, as the host sees them.
     pub vms: BTreeMap<u32, u64>,
+    /// The guest that was started after all attacks was well (`job=attack`).
+    pub later: Option<bool>,
     /// The last event: `ok` or not, and why.
     pub done: Option<(bool, String)>,
     /// What the monitor printed.
@@ -211,6 +219,7 @@ fn take(event: &Value, outcome: &mut Outcome, waiting: &mut String) {
                 id: text("id"),
                 result: "error".to_owned(),
                 evidence: format!("broken event: {e}"),
+                ..Check::default()
             }),
         },
         "guest" => {
@@ -226,6 +235,7 @@ fn take(event: &Value, outcome: &mut Outcome, waiting: &mut String) {
                 outcome.verdicts.insert(verdict.index, verdict);
             }
         }
+        "later" => outcome.later = event["ok"].as_bool(),
         "done" => {
             outcome.done = Some((text("result") == "ok", text("text")));
             *waiting = "the host's power-off".to_owned();

@@ -2,6 +2,7 @@
 //! `cargo xtask`: builds, runs and tests HA-VMSI on an emulated Arm machine.
 
 mod apt;
+mod attack;
 mod build;
 mod cache;
 mod cli_rows;
@@ -67,6 +68,8 @@ enum Verb {
     Image,
     /// Boot the emulated machine, start guests, attack them, compare with plain KVM
     Run(run::Args),
+    /// Try every threat of the threat model, on a control and under HA-VMSI
+    Attack(attack::Args),
     /// Run all tests; the last line is `N passed, N failed`
     Test(test::Args),
     /// Compute the launch digest of a guest from its files and configuration
@@ -97,6 +100,7 @@ impl Verb {
             Self::Header => "header",
             Self::Image => "image",
             Self::Run(_) => "run",
+            Self::Attack(_) => "attack",
             Self::Test(_) => "test",
             Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
@@ -213,6 +217,7 @@ fn real_main() -> Result<()> {
         Verb::Header => header(&ctx),
         Verb::Image => image::main(&ctx),
         Verb::Run(args) => run::main(&ctx, &args),
+        Verb::Attack(args) => attack::main(&ctx, &args),
         Verb::Test(args) => test::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json, files } => tcb::main(&ctx, json, files),

@@ -173,7 +173,7 @@ mod tests {
         let check = |(id, result): &(&str, &str)| Check {
             id: (*id).to_owned(),
             result: (*result).to_owned(),
-            evidence: String::new(),
+            ..Check::default()
         };
         Outcome { checks: results.iter().map(check).collect(), ..Outcome::default() }
     }

@@ -14,7 +14,7 @@ use crate::machine::{Config, Event, Kind, Machine};
 use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
-use crate::{Ctx, build, digest, image, kernel, sh, tcb};
+use crate::{Ctx, attack, build, digest, image, kernel, sh, tcb};
 
 /// One row.
 pub struct Row {
@@ -45,6 +45,10 @@ pub enum Work {
     Digest(u32),
     /// Test monitors can leave checks out, no other can.
     LeaveOut,
+    /// Threats, each on its control and under HA-VMSI.
+    Attack(&'static str),
+    /// docs/threats.md is what the rows of the attacks make of it.
+    ThreatsDoc,
     /// Size of the TCB.
     Tcb,
     /// Size of the kernel series.
@@ -71,6 +75,7 @@ pub fn table() -> Vec<Row> {
                     cpu.name()
                 )
             }
+            Work::Attack(ids) => format!("cargo xtask attack --only {ids}"),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -114,6 +119,7 @@ pub fn table() -> Vec<Row> {
     }
     add("size/tcb".into(), 120, Work::Tcb);
     add("size/series".into(), 30, Work::Series);
+    add("docs/threats".into(), 30, Work::ThreatsDoc);
     for what in [
         "wrong-option",
         "wrong-value",
@@ -149,6 +155,11 @@ pub fn table() -> Vec<Row> {
         }
     }
     add(
+        "attack".into(),
+        420,
+        Work::Attack("T01,T02,T03,T04,T06,T07,T08,T10,T11,T12,T17,T18,T24,T28"),
+    );
+    add(
         "linux/rounds/gic3/cortex-a57".into(),
         600,
         Work::Job("rounds", 3, a57, "havmsi.rounds=20 havmsi.guests=1 havmsi.timeout=560"),
@@ -165,7 +176,12 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
     let linux = any(|w| {
         matches!(
             w,
-            Work::Run(..) | Work::Job(..) | Work::NoMonitor(..) | Work::Digest(_) | Work::Cli(_)
+            Work::Run(..)
+                | Work::Attack(_)
+                | Work::Job(..)
+                | Work::NoMonitor(..)
+                | Work::Digest(_)
+                | Work::Cli(_)
         )
     });
     // All at once, so that whoever has to install by hand is told once.
@@ -247,6 +263,15 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
             build::monitor(ctx)?;
             Ok(Ended::ok("no release compiles with it, and the image has nothing of it"))
         }
+        Work::Attack(ids) => {
+            let ids: Vec<String> = ids.split(',').map(str::to_owned).collect();
+            let report = attack::execute(ctx, &ids)?;
+            if !report.problems.is_empty() {
+                bail!("{}", report.problems.join("\n"));
+            }
+            Ok(Ended::ok(report.summary()))
+        }
+        Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
         Work::Tcb => {
             let lines = tcb::count(ctx)?.own_lines;
             if lines >= TCB_LIMIT {

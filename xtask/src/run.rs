@@ -142,18 +142,19 @@ impl Args {
     }
 }
 
-const LIMITS: Limits =
-    Limits { total: Duration::from_secs(420), silence: Duration::from_secs(120) };
+const LIMIT: Duration = Duration::from_secs(420);
+const SILENCE: Duration = Duration::from_secs(120);
 
 /// Runs the job on one machine, with a bar.
-fn one(ctx: &Ctx, config: &Config) -> Result<Outcome> {
+pub fn one(ctx: &Ctx, config: &Config, total: Duration) -> Result<Outcome> {
     let title = match config.kind {
         Kind::Control => "plain KVM (control)",
         Kind::Havmsi => "HA-VMSI",
         Kind::Bare => "no hypervisor",
     };
     let step = Step::new(title, None);
-    let outcome = job::run(config, &ctx.log_dir.join(config.kind.name()), LIMITS, |event| {
+    let limits = Limits { total, silence: SILENCE.min(total) };
+    let outcome = job::run(config, &ctx.log_dir.join(config.kind.name()), limits, |event| {
         step.note(&describe(event))
     })
     .with_context(|| format!("the machine with {title}"))?;
@@ -217,8 +218,9 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
         None
     };
     let mut seconds = Seconds { build: start.elapsed().as_secs_f64(), ..Seconds::default() };
-    let control = if args.no_control { None } else { Some(one(ctx, &config(Kind::Control))?) };
-    let havmsi = if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi))?) };
+    let control =
+        if args.no_control { None } else { Some(one(ctx, &config(Kind::Control), LIMIT)?) };
+    let havmsi = if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi), LIMIT)?) };
     seconds.control = control.as_ref().map_or(0.0, |o| o.seconds);
     seconds.havmsi = havmsi.as_ref().map_or(0.0, |o| o.seconds);
 
