@@ -22,6 +22,10 @@ pub fn host_call(function: u32, args: &[u64; 8]) -> Option<Results> {
         let [a, b, c, d] = UID.map(u64::from);
         return Some([a, b, c, d, 0, 0]);
     }
+    #[cfg(feature = "audit")]
+    if function == havmsi_abi::AUDIT_CALL {
+        return Some([crate::audit::call(args[1]), 0, 0, 0, 0, 0]);
+    }
     let Some(function) = Function::from_id(function) else {
         return Some(UNKNOWN);
     };

@@ -68,7 +68,7 @@ pub fn world() -> &'static World {
 }
 
 /// `smc #0`.
-const SMC: u64 = 0xd400_0003;
+pub const SMC: u64 = 0xd400_0003;
 
 /// Builds the carve-out, the ownership records and the host's map.
 pub fn build(facts: Facts, gic: Gic) {
@@ -222,6 +222,35 @@ pub fn enter(entry: u64, context: u64) {
         frame.elr = entry;
         frame.spsr = spsr::DAIF | spsr::EL1H;
     });
+}
+
+/// Whether this CPU's registers hold the host in, as [`set_up_cpu`] and
+/// [`enter_again`] left them.
+#[cfg(feature = "audit")]
+pub fn holds() -> bool {
+    use havmsi_hal::sysreg::{hcr_el2, vttbr_el2};
+    let world = world();
+    let vectors = world.facts.ram.banks()[0].base + carveout::EL2_VECTORS;
+    // ICC_SRE_EL2 has bits of read-only value; the physical timer of EL2 is off.
+    let sre = world.gic.version() != 3 || icc_sre_el2::read() & ICC_SRE == ICC_SRE;
+    [
+        (scr_el3::read(), SCR),
+        (cptr_el3::read(), CPTR_EL3),
+        (mdcr_el3::read(), MDCR_EL3),
+        (hcr_el2::read(), HCR),
+        (vttbr_el2::read(), world.machine.host_vttbr),
+        (vtcr_el2::read(), stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5))),
+        (vbar_el2::read(), vectors),
+        (sctlr_el2::read(), 0x30c5_0830),
+        (mdcr_el2::read(), MDCR_EL2),
+        (cnthctl_el2::read(), CNTHCTL),
+        (vmpidr_el2::read(), mpidr_el1::read()),
+        (vpidr_el2::read(), midr_el1::read()),
+        (cnthp_ctl_el2::read() & 1, 0),
+    ]
+    .iter()
+    .all(|(is, should)| is == should)
+        && sre
 }
 
 /// Whether the host may run code at `address`.

@@ -6,6 +6,8 @@
 #![no_std]
 #![no_main]
 
+#[cfg(feature = "audit")]
+mod audit;
 mod boot;
 mod cpu;
 mod dispatch;

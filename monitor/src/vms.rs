@@ -60,6 +60,12 @@ pub fn take_context() -> Option<u16> {
     None
 }
 
+/// Which contexts are taken.
+#[cfg(feature = "audit")]
+pub fn contexts() -> [u64; MAX_VCPUS / 64] {
+    CONTEXTS.each_ref().map(|bits| bits.load(Ordering::Acquire))
+}
+
 /// Gives a context back.
 pub fn free_context(context: u16) {
     if let Some(bits) = CONTEXTS.get(usize::from(context / 64)) {

@@ -75,7 +75,7 @@ pub fn monitor(ctx: &Ctx) -> Result<Monitor> {
     Ok(monitor)
 }
 
-/// Builds the test monitor that leaves out the check which QEMU's option
+/// Builds the test monitor, which has the audit call, and leaves out the check which QEMU's option
 /// `-fw_cfg name=opt/org.havmsi/leave-out,string=NAME` names. In a profile and folder of its own.
 pub fn test_monitor(ctx: &Ctx) -> Result<Monitor> {
     let dir = profile(
@@ -83,7 +83,7 @@ pub fn test_monitor(ctx: &Ctx) -> Result<Monitor> {
         TARGETS[0],
         &["havmsi-monitor"],
         "leave-out",
-        &["--features", "havmsi-monitor/leave-out"],
+        &["--features", "havmsi-monitor/leave-out,havmsi-monitor/audit"],
     )?;
     let monitor = monitor_image(ctx, &dir)?;
     if !is_test_build(&monitor)? {
@@ -92,14 +92,18 @@ pub fn test_monitor(ctx: &Ctx) -> Result<Monitor> {
     Ok(monitor)
 }
 
-/// A release that can leave checks out must not even compile.
+/// A release that can leave checks out, or has the audit call, must not even compile.
 pub fn no_release_leaves_out(ctx: &Ctx) -> Result<()> {
-    let mut command = cargo(ctx);
-    command.args(["build", "--release", "--target", TARGETS[0], "-p", "havmsi-monitor"]);
-    let out = command.args(["--features", "leave-out"]).output()?;
-    let said = String::from_utf8_lossy(&out.stderr);
-    if out.status.success() || !said.contains("a release has all its checks") {
-        bail!("a release builds with the feature leave-out: {said}");
+    for (feature, refusal) in
+        [("leave-out", "a release has all its checks"), ("audit", "a release has no audit call")]
+    {
+        let mut command = cargo(ctx);
+        command.args(["build", "--release", "--target", TARGETS[0], "-p", "havmsi-monitor"]);
+        let out = command.args(["--features", feature]).output()?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        if out.status.success() || !said.contains(refusal) {
+            bail!("a release builds with the feature {feature}: {said}");
+        }
     }
     Ok(())
 }

@@ -335,10 +335,18 @@ fn find_all(text: &str, word: &str) -> Vec<usize> {
     text.match_indices(word).map(|(i, _)| i).collect()
 }
 
+/// What only test monitors have.
+const TEST_BUILDS: [&str; 3] = [
+    "#[cfg(feature = \"leave-out\")]",
+    "#[cfg(feature = \"audit\")]",
+    "#[cfg(any(test, feature = \"audit\"))]",
+];
+
 /// Counts one Rust file. What only test monitors have does not count: items with
-/// `#[cfg(feature = "leave-out")]`, and `left_out!(Check => ...);`, which is nothing elsewhere.
+/// [`TEST_BUILDS`], and `left_out!(Check => ...);`, which is nothing elsewhere.
 fn count_rust(source: &str) -> Count {
-    let source = source.replace("#[cfg(feature = \"leave-out\")]", "#[cfg(test)]");
+    let source =
+        TEST_BUILDS.iter().fold(source.to_owned(), |text, cfg| text.replace(cfg, "#[cfg(test)]"));
     let mut text = strip(&source, false).into_bytes();
     text.iter_mut().filter(|c| !c.is_ascii()).for_each(|c| *c = b'~');
     let view = String::from_utf8_lossy(&text).into_owned();

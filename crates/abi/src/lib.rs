@@ -30,6 +30,11 @@ pub const VERSION: u64 = ((VERSION_MAJOR as u64) << 16) | VERSION_MINOR as u64;
 pub const UID: [u32; 4] = [0x4b2f_7d1c, 0x96e3_a85d, 0x5e0b_41c2, 0xd719_4f3a];
 /// SMCCC SiP service "Call UID query" (SMC32).
 pub const UID_CALL: u32 = 0x8200_ff01;
+/// A call that exists only in a monitor built with the feature `audit`, for
+/// tests: `0` checks what must always hold, `1` the calling CPU's registers
+/// only. SUCCESS, or INTEGRITY with the violation on the monitor's console.
+/// No vCPU may run meanwhile, and no other CPU call.
+pub const AUDIT_CALL: u32 = 0xc200_ff00;
 /// First function identifier of the host ABI.
 pub const FUNCTION_BASE: u32 = 0xc200_0000;
 

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Walks all tables and compares them with the ownership records: what must
 //! always hold (I1 to I4), for tests and debug builds. No page may be in motion
-//! meanwhile.
+//! and no vCPU run meanwhile.
 
-use havmsi_abi::PAGE_SIZE;
+use havmsi_abi::layout::carveout_size;
+use havmsi_abi::{MAX_VCPUS, PAGE_SIZE};
 
 use crate::addr::{Ipa, Pa, index};
 use crate::host_map::HostMap;
 use crate::hw::Hardware;
 use crate::page::{Census, Owner, Pages, VmSlot};
+use crate::ram::Range;
 use crate::stage2::{Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, ROOT_ENTRIES};
 use crate::vm::Vm;
 
@@ -19,8 +21,12 @@ pub enum Violation {
     Scratch,
     /// The page has no owner.
     Moving(Pa),
+    /// A page of the carve-out is not the monitor's, or another one is.
+    Carveout(Pa),
     /// A table, the zero frame or spare table memory is not its user's.
     TableOwner(Pa),
+    /// This entry above level 3 is neither empty nor a table or block: table, index.
+    TableForm(Pa, usize),
     /// The page has two uses.
     UsedTwice(Pa),
     /// The zero frame is not zero, or spare table memory is not.
@@ -35,8 +41,14 @@ pub enum Violation {
     GuestLeaf(VmSlot, Ipa, Entry),
     /// A VM's map shows a page that is not the VM's.
     GuestOwner(VmSlot, Ipa),
-    /// A slot without a VM has pages.
+    /// A slot without a VM has pages, vCPUs or RAM, or the VM has another number.
     NoVm(VmSlot),
+    /// The VM's ranges of RAM overlap or are malformed.
+    Ranges(VmSlot),
+    /// A vCPU counts as running, or more of them than there are.
+    Running(VmSlot),
+    /// Two vCPUs have this context, or it counts as free, or nobody has it.
+    Context(usize),
     /// A run page is not lent to the VM.
     RunPage(VmSlot, Pa),
     /// Fewer spare tables than counted.
@@ -58,14 +70,20 @@ pub struct Found {
     pub run: u64,
 }
 
-/// An audit under way: [`Self::host`], then [`Self::vm`] for each slot, then
-/// [`Self::finish`].
+/// An audit under way: [`Self::host`], then [`Self::vm`] (and
+/// [`Self::at_rest`]) for each slot, then [`Self::finish`].
 pub struct Audit<'a, H: Hardware> {
     hw: &'a H,
     pages: &'a Pages<'a>,
     /// One bit a page of RAM: seen in use.
     seen: &'a mut [u64],
+    /// One bit a context: of a vCPU.
+    contexts: [u64; MAX_VCPUS / 64],
     found: Found,
+    /// What the records say.
+    records: Found,
+    /// Pages of the host's, without run pages.
+    host: u64,
 }
 
 impl<'a, H: Hardware> Audit<'a, H> {
@@ -78,7 +96,15 @@ impl<'a, H: Hardware> Audit<'a, H> {
             return Err(Violation::Scratch);
         }
         scratch.fill(0);
-        Ok(Self { hw, pages, seen: scratch, found: Found::default() })
+        Ok(Self {
+            hw,
+            pages,
+            seen: scratch,
+            contexts: [0; MAX_VCPUS / 64],
+            found: Found::default(),
+            records: Found::default(),
+            host: 0,
+        })
     }
 
     /// Notes a use of the page.
@@ -109,6 +135,50 @@ impl<'a, H: Hardware> Audit<'a, H> {
         }
     }
 
+    /// The table that entry `i` of `table` points to, if it does.
+    fn next(
+        &mut self,
+        table: Pa,
+        i: usize,
+        entry: Entry,
+        owner: Owner,
+    ) -> Result<Option<Pa>, Violation> {
+        if entry == Entry::INVALID || entry.is_block() {
+            return Ok(None);
+        }
+        let next = entry.address();
+        if entry != Entry::table(next) {
+            return Err(Violation::TableForm(table, i));
+        }
+        self.table(next, owner)?;
+        Ok(Some(next))
+    }
+
+    /// Counts the records: nothing is in motion, and of the monitor's is the
+    /// carve-out at the start of RAM and nothing else (I1, I3).
+    fn records(&mut self) -> Result<(), Violation> {
+        let reserved = carveout_size(self.pages.ram().page_count() * PAGE_SIZE) / PAGE_SIZE;
+        let mut n = 0;
+        for bank in self.pages.ram().banks() {
+            for at in (0..bank.size).step_by(index(PAGE_SIZE)) {
+                let pa = Pa(bank.base + at);
+                let owner = self.pages.numbered(index(n)).ok_or(Violation::Moving(pa))?;
+                if (owner == Owner::Monitor) != (n < reserved) {
+                    return Err(Violation::Carveout(pa));
+                }
+                match owner {
+                    Owner::Monitor => {}
+                    Owner::Host => self.host += 1,
+                    Owner::RunPage(_) => self.records.run += 1,
+                    Owner::Table(_) => self.records.table += 1,
+                    Owner::Private(_) => self.records.private += 1,
+                }
+                n += 1;
+            }
+        }
+        Ok(())
+    }
+
     /// Calls `leaf` with the address, entry and size of all that the tables of
     /// `owner` map.
     fn walk(
@@ -127,11 +197,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
             if entry.is_block() {
                 leaf(self, Ipa(at1), entry, LEVEL1_SIZE)?;
             }
-            if !entry.is_valid() || entry.is_block() {
-                continue;
-            }
-            let level2 = entry.address();
-            self.table(level2, owner)?;
+            let Some(level2) = self.next(root, i, entry, owner)? else { continue };
             tables += 1;
             for j in 0..ENTRIES {
                 let at2 = at1 + j as u64 * LEVEL2_SIZE;
@@ -139,11 +205,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
                 if entry.is_block() {
                     leaf(self, Ipa(at2), entry, LEVEL2_SIZE)?;
                 }
-                if !entry.is_valid() || entry.is_block() {
-                    continue;
-                }
-                let level3 = entry.address();
-                self.table(level3, owner)?;
+                let Some(level3) = self.next(level2, j, entry, owner)? else { continue };
                 tables += 1;
                 for k in 0..ENTRIES {
                     let entry = Entry(self.hw.read_entry(level3, k));
@@ -162,6 +224,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
     /// # Errors
     /// What does not hold.
     pub fn host(&mut self, map: &HostMap) -> Result<(), Violation> {
+        self.records()?;
         let zero = map.zero_frame();
         self.table(zero, Owner::Monitor)?;
         self.is_zero(zero, 0)?;
@@ -176,10 +239,13 @@ impl<'a, H: Hardware> Audit<'a, H> {
                 Entry::block(pa, Attributes::Memory)
             };
             if entry == memory {
-                for i in 0..size / PAGE_SIZE {
-                    let at = pa.offset(i * PAGE_SIZE);
-                    if !matches!(owner(at), Some(Owner::Host | Owner::RunPage(_))) {
-                        return Err(Violation::HostOwner(Ipa(at.0)));
+                // All of it, or nothing, lies in one bank.
+                let first = audit.pages.ram().page_index(pa).ok_or(Violation::HostOwner(ipa))?;
+                for i in 0..index(size / PAGE_SIZE) {
+                    let owner = audit.pages.numbered(first + i);
+                    if !matches!(owner, Some(Owner::Host | Owner::RunPage(_))) {
+                        let at = ipa.0 + i as u64 * PAGE_SIZE;
+                        return Err(Violation::HostOwner(Ipa(at)));
                     }
                 }
                 shown += size / PAGE_SIZE;
@@ -197,18 +263,8 @@ impl<'a, H: Hardware> Audit<'a, H> {
             }
             Ok(())
         })?;
-        let (mut host, mut taken) = (0, 0);
-        for bank in self.pages.ram().banks() {
-            for at in (0..bank.size).step_by(index(PAGE_SIZE)) {
-                let pa = Pa(bank.base + at);
-                match self.pages.owner(pa) {
-                    None => return Err(Violation::Moving(pa)),
-                    Some(Owner::Host | Owner::RunPage(_)) => host += 1,
-                    Some(Owner::Table(_) | Owner::Private(_)) => taken += 1,
-                    Some(Owner::Monitor) => {}
-                }
-            }
-        }
+        let host = self.host + self.records.run;
+        let taken = self.records.table + self.records.private;
         if host != shown {
             return Err(Violation::HostMisses(host, shown));
         }
@@ -216,6 +272,20 @@ impl<'a, H: Hardware> Audit<'a, H> {
             return Err(Violation::HostMisses(taken, veiled));
         }
         Ok(())
+    }
+
+    /// Ranges of RAM are within the address space and apart from each other.
+    fn ranges(vm: &Vm) -> Result<(), Violation> {
+        let space = Range { base: 0, size: 1 << vm.config().ipa_bits };
+        let used = |range: &&Range| range.size != 0;
+        let ranges = || vm.ram.iter().filter(used);
+        let whole = |range: &Range| {
+            Ipa(range.base | range.size).is_page() && space.contains(range.base, range.size)
+        };
+        let apart = ranges().enumerate().all(|(i, range)| {
+            whole(range) && ranges().skip(i + 1).all(|other| !range.overlaps(other))
+        });
+        if apart { Ok(()) } else { Err(Violation::Ranges(vm.slot)) }
     }
 
     /// A VM's map and records: only its own pages, each once, in its RAM; its
@@ -229,13 +299,18 @@ impl<'a, H: Hardware> Audit<'a, H> {
             // Never used.
             return if vm.exists() { Err(Violation::NoVm(slot)) } else { Ok(()) };
         }
+        let empty = vm.vcpu_count() == 0 && vm.ram.iter().all(|range| range.size == 0);
+        if !(vm.exists() || empty) {
+            return Err(Violation::NoVm(slot));
+        }
+        Self::ranges(vm)?;
         let before = self.found;
         let tables = self.walk(vm.map.root, Owner::Table(slot), |audit, ipa, entry, size| {
+            let form = Violation::GuestLeaf(slot, ipa, entry);
             if entry == Entry::LOST {
-                return Ok(());
+                return if vm.is_ram(ipa) { Ok(()) } else { Err(form) };
             }
             let pa = entry.address();
-            let form = Violation::GuestLeaf(slot, ipa, entry);
             if size != PAGE_SIZE || ipa.0 >> vm.config().ipa_bits != 0 {
                 return Err(form);
             }
@@ -280,34 +355,57 @@ impl<'a, H: Hardware> Audit<'a, H> {
         Ok(())
     }
 
+    /// The VM in `slot` runs nowhere, and each of its vCPUs has a context of its own.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn at_rest(&mut self, slot: VmSlot, vm: &Vm) -> Result<(), Violation> {
+        if vm.slot != slot && vm.map.root != Pa(0) {
+            return Err(Violation::NoVm(slot));
+        }
+        if vm.running != 0 || vm.vcpus.iter().any(|vcpu| vcpu.running) {
+            return Err(Violation::Running(slot));
+        }
+        for vcpu in vm.vcpus.iter().filter(|vcpu| vcpu.exists) {
+            let context = usize::from(vcpu.context);
+            let word = self.contexts.get_mut(context / 64).ok_or(Violation::Context(context))?;
+            if *word & 1 << (context % 64) != 0 {
+                return Err(Violation::Context(context));
+            }
+            *word |= 1 << (context % 64);
+        }
+        Ok(())
+    }
+
+    /// After [`Self::at_rest`] of all VMs: only their contexts are taken, a bit
+    /// of `taken` each.
+    ///
+    /// # Errors
+    /// [`Violation::Context`].
+    pub fn contexts(&self, taken: &[u64; MAX_VCPUS / 64]) -> Result<(), Violation> {
+        for (i, (taken, used)) in taken.iter().zip(&self.contexts).enumerate() {
+            if taken != used {
+                let bit = (taken ^ used).trailing_zeros();
+                return Err(Violation::Context(i * 64 + index(u64::from(bit))));
+            }
+        }
+        Ok(())
+    }
+
     /// After all VMs: no page of a VM is without use.
     ///
     /// # Errors
     /// What does not hold.
     pub fn finish(self) -> Result<(), Violation> {
-        let mut records = Found::default();
-        let mut census = Census::default();
-        for bank in self.pages.ram().banks() {
-            for at in (0..bank.size).step_by(index(PAGE_SIZE)) {
-                match self.pages.owner(Pa(bank.base + at)) {
-                    Some(Owner::Private(_)) => records.private += 1,
-                    Some(Owner::Table(_)) => records.table += 1,
-                    Some(Owner::RunPage(_)) => records.run += 1,
-                    Some(Owner::Host) => census.host += 1,
-                    Some(Owner::Monitor) | None => {}
-                }
-            }
+        if self.records != self.found {
+            return Err(Violation::Lost(self.records, self.found));
         }
-        if records != self.found {
-            return Err(Violation::Lost(records, self.found));
-        }
-        census.host += records.run;
-        census.private = records.private;
-        census.table = records.table;
-        if census != self.pages.census() {
-            return Err(Violation::Census(census));
-        }
-        Ok(())
+        let census = Census {
+            host: self.host + self.records.run,
+            private: self.records.private,
+            table: self.records.table,
+        };
+        if census == self.pages.census() { Ok(()) } else { Err(Violation::Census(census)) }
     }
 }
 

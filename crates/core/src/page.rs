@@ -179,6 +179,12 @@ impl<'a> Pages<'a> {
         Owner::decode(self.record(pa)?.load(Ordering::Acquire))
     }
 
+    /// The owner of page number `n`; `None` if it is in motion.
+    #[cfg(any(test, feature = "audit"))]
+    pub(crate) fn numbered(&self, n: usize) -> Option<Owner> {
+        Owner::decode(self.records.get(n)?.load(Ordering::Acquire))
+    }
+
     /// Takes the page out of its owner's hands.
     ///
     /// # Errors

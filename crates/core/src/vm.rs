@@ -67,10 +67,10 @@ pub(crate) struct Vcpu {
     /// No `Option` around it: `None` would not be all zeros, and the table of
     /// VMs so large a part of the image.
     pub(crate) exists: bool,
-    context: u16,
+    pub(crate) context: u16,
     pub(crate) run_page: Pa,
     power: Power,
-    running: bool,
+    pub(crate) running: bool,
     boot: Option<Boot>,
     /// The vCPU whose CPU_ON the host is carrying out for this one.
     starting: Option<u8>,
@@ -111,13 +111,13 @@ pub struct Vm {
     pub(crate) slot: VmSlot,
     generation: u32,
     config: Config,
-    ram: [Range; MAX_RAM_RANGES],
+    pub(crate) ram: [Range; MAX_RAM_RANGES],
     /// Around all device pages: no RAM can be declared there any more.
     devices: Range,
     pub(crate) map: GuestMap,
     launch: Launch,
     pub(crate) vcpus: [Vcpu; MAX_VCPUS_PER_VM],
-    running: u32,
+    pub(crate) running: u32,
     cntvoff: u64,
 }
 

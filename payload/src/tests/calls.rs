@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The calling convention, and calls that only tell.
 
-use havmsi_abi::{Error, FUNCTION_BASE, Function, MAX_IPA_BITS, UID, UID_CALL, VERSION};
+use havmsi_abi::{
+    AUDIT_CALL, Error, FUNCTION_BASE, Function, MAX_IPA_BITS, UID, UID_CALL, VERSION,
+};
 
 use crate::harness::Outcome;
 use crate::smc::{self, call, host, psci};
@@ -44,6 +46,7 @@ fn unknown_functions() -> Outcome {
         0x8200_0000,
         0x8200_ff00,
         0x8200_ff03,
+        u64::from(AUDIT_CALL),
         0xc200_ff01,
         0xc600_0000,
         0x8600_ff01,

@@ -216,6 +216,110 @@ fn records_without_use_are_found() {
 }
 
 #[test]
+fn entries_above_level_3_are_tables_or_blocks() {
+    let root = |m: &FakeMachine<'_>, _: &Vm| m.with_host_map(|map| map.root());
+    for bits in [1 << 59, 1 << 2] {
+        let form = with_word(|m, vm| {
+            let root = root(m, vm);
+            (root, 1, m.hw.peek(root, 1) | bits)
+        });
+        assert!(matches!(form, Violation::TableForm(_, 1)), "{form:?}");
+    }
+    let guest = with_word(|_, vm| (vm.map.root, 7, 0b10));
+    assert_eq!(guest, Violation::TableForm(self::root(SLOT), 7));
+    // What is lost is RAM.
+    assert_eq!(
+        with_guest_leaf(DEVICE, Entry::LOST),
+        Violation::GuestLeaf(SLOT, Ipa(DEVICE), Entry::LOST)
+    );
+}
+
+#[test]
+fn the_carve_out_is_the_monitors_and_nothing_else() {
+    let carveout = crate::fake::CARVEOUT;
+    for (pa, owner) in [
+        (Pa(BASE), Owner::Host),
+        (Pa(BASE + carveout - 0x1000), Owner::Table(SLOT)),
+        (Pa(BASE + carveout), Owner::Monitor),
+        (host_page(1), Owner::Monitor),
+    ] {
+        let records = records();
+        let m = FakeMachine::new(&records);
+        let n = m.pages.ram().page_index(pa).unwrap();
+        let record = match owner {
+            Owner::Monitor => 0,
+            Owner::Host => 1 << 8,
+            _ => 3 << 8 | 1,
+        };
+        records[n].store(record, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(m.pages.owner(pa), Some(owner));
+        assert_eq!(audit(&m, &[]), Err(Violation::Carveout(pa)));
+    }
+}
+
+#[test]
+fn ranges_of_ram_are_apart_and_whole() {
+    let range = |base, size| Range { base, size };
+    for bad in [
+        range(RAM, 0x1000),
+        range(RAM + 0xf_f000, 0x2000),
+        range(RAM - 0x1000, 0x2000),
+        range(0x1000, 0x800),
+        range(0x800, 0x1000),
+        range(1 << 32, 0x1000),
+        range((1 << 32) - 0x1000, 0x2000),
+    ] {
+        let records = records();
+        let m = FakeMachine::new(&records);
+        let mut vm = vm(&m);
+        vm.ram[1] = range(RAM + 0x10_0000, 0x1000);
+        assert_eq!(audit(&m, &[&vm]), Ok(()));
+        vm.ram[2] = bad;
+        assert_eq!(audit(&m, &[&vm]), Err(Violation::Ranges(SLOT)), "{bad:x?}");
+    }
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut free = vm(&m);
+    while free.destroy(&m, |_| ()).is_err() {}
+    assert_eq!(audit(&m, &[&free]), Ok(()));
+    free.ram[0] = range(RAM, 0x1000);
+    assert_eq!(audit(&m, &[&free]), Err(Violation::NoVm(SLOT)));
+}
+
+#[test]
+fn at_rest_no_vcpu_runs_and_each_has_its_context() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = vm(&m);
+    vm.vcpus[0].context = 70;
+    let audit = |vms: &[(VmSlot, &Vm)], taken: u64| {
+        let mut scratch = [0; PAGES / 64];
+        let mut audit = Audit::new(&m.hw, &m.pages, &mut scratch)?;
+        for (slot, vm) in vms {
+            audit.at_rest(*slot, vm)?;
+        }
+        audit.contexts(&[0, taken, 0, 0, 0, 0, 0, 0])
+    };
+    assert_eq!(audit(&[(VmSlot(0), &Vm::FREE), (SLOT, &vm)], 1 << 6), Ok(()));
+    assert_eq!(audit(&[(VmSlot(2), &vm)], 1 << 6), Err(Violation::NoVm(VmSlot(2))));
+    let context = Err(Violation::Context(70));
+    assert_eq!(audit(&[(SLOT, &vm)], 0), context);
+    assert_eq!(audit(&[], 1 << 6), context);
+    assert_eq!(audit(&[(SLOT, &vm), (SLOT, &vm)], 1 << 6), context);
+    vm.enter(0).unwrap();
+    let running = Err(Violation::Running(SLOT));
+    assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), running);
+    vm.vcpus[0].running = false;
+    assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), running);
+    vm.vcpus[0].running = true;
+    vm.running = 0;
+    assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), running);
+    vm.vcpus[0].context = 512;
+    vm.leave(0);
+    assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), Err(Violation::Context(512)));
+}
+
+#[test]
 fn the_scratch_memory_has_a_bit_for_each_page() {
     let records = records();
     let m = FakeMachine::new(&records);
