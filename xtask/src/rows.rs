@@ -164,6 +164,11 @@ pub fn table() -> Vec<Row> {
         600,
         Work::Job("rounds", 3, a57, "havmsi.rounds=20 havmsi.guests=1 havmsi.timeout=560"),
     );
+    add(
+        "linux/memlock/gic3/cortex-a57".into(),
+        240,
+        Work::Job("memlock", 3, a57, "havmsi.guests=1"),
+    );
     add("linux/boot/gic3/max".into(), 240, Work::Job("boot", 3, Cpu::Max, "havmsi.guests=2"));
     rows
 }

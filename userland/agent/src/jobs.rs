@@ -4,7 +4,7 @@
 use crate::attacker::Attacker;
 use crate::guest::Guest;
 use crate::params::Params;
-use crate::{checks, out};
+use crate::{checks, out, sys};
 use havmsi_abi::Function;
 use havmsi_proto::Seed;
 use havmsi_proto::json::{Object, number};
@@ -35,6 +35,7 @@ impl Job<'_> {
             "reboot" => self.reboot(),
             "rounds" => self.rounds(),
             "hotplug" => self.hotplug(),
+            "memlock" => self.memlock(),
             "shell" => shell(),
             _ => Ok("looked around".to_owned()),
         }
@@ -259,6 +260,32 @@ impl Job<'_> {
         }
         verdicts?;
         Ok(format!("CPU {cpu} went and came back twice"))
+    }
+
+    /// A user's VMM must be allowed to lock all of its guest's memory.
+    fn memlock(&self) -> End {
+        let limit = |mib: u64| {
+            sys::limit_locked_memory(mib << 20).map_err(|e| format!("RLIMIT_MEMLOCK: {e}"))
+        };
+        limit(self.params.gmem / 2)?;
+        let refused = Guest::start(0, self.params, "work")?;
+        let said = || {
+            let log = sys::kernel_log();
+            let line = log.lines().find(|line| line.contains("RLIMIT_MEMLOCK"))?;
+            line.split_once("] ").map(|(_, text)| text.to_owned())
+        };
+        let end = Instant::now() + BOOT;
+        while said().is_none() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let line = said().ok_or("no line in the kernel's log names the limit")?;
+        if refused.with(|s| s.boots) > 0 {
+            return Err("a guest ran whose memory may not be locked".to_owned());
+        }
+        drop(refused);
+        limit(self.params.gmem + 64)?;
+        self.work()?;
+        Ok(line)
     }
 }
 

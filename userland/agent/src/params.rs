@@ -19,8 +19,8 @@ pub struct Params {
     pub thp: String,
 }
 
-const JOBS: [&str; 9] =
-    ["run", "attack", "smp4", "reboot", "rounds", "hotplug", "nokvm", "boot", "shell"];
+const JOBS: [&str; 10] =
+    ["run", "attack", "smp4", "reboot", "rounds", "hotplug", "memlock", "nokvm", "boot", "shell"];
 
 impl Params {
     /// Reads a command line.

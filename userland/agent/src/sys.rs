@@ -36,6 +36,13 @@ pub fn kernel_log() -> String {
     String::from_utf8_lossy(&buffer).into_owned()
 }
 
+/// How much memory this process and those that it starts may lock, if they are not root's.
+pub fn limit_locked_memory(bytes: u64) -> Result<()> {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: a valid structure.
+    done(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) }.into()).map(drop)
+}
+
 /// Loads a kernel module.
 pub fn load_module(path: &str) -> Result<()> {
     let file = File::open(path)?;
