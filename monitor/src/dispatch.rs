@@ -115,7 +115,9 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
             Ok([a3, 0, 0, 0, 0])
         }),
         Function::MapDev => {
-            if !platform::is_virtual_cpu_interface(a3, world.gic.version()) {
+            if !platform::is_virtual_cpu_interface(a3, world.gic.version())
+                && !havmsi_core::left_out!(DeviceList)
+            {
                 return Err(Error::Denied.into());
             }
             let pa = havmsi_core::addr::Pa(a3);

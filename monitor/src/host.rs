@@ -89,6 +89,8 @@ pub fn build(facts: Facts, gic: Gic) {
     let root = Pa(first.base + carveout::HOST_ROOT);
     let machine = Machine { host_vttbr: stage2::vttbr(root, 0) };
     let devices = platform::host_devices(facts.cpus, gic.version());
+    #[cfg(feature = "leave-out")]
+    let devices = devices.chain(platform::hidden_devices(facts.cpus));
     let Ok(map) = HostMap::new(&machine, facts.ram, reserved, devices) else {
         panic!("the platform's RAM or devices can't be mapped");
     };
@@ -209,6 +211,7 @@ pub fn enter_again(el1: &El1State) {
 pub fn enter(entry: u64, context: u64) {
     set_up_cpu();
     enter_again(&El1State::RESET);
+    havmsi_core::left_out!(HostStage2 => if this_cpu().number() != 0 { havmsi_hal::sysreg::hcr_el2::write(HCR & !1) });
     cntv_ctl_el0::write(0);
     cntp_ctl_el0::write(0);
     // Nothing of before the reset is left in the TLB or instruction cache.

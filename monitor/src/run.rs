@@ -95,7 +95,10 @@ impl Context {
     };
 
     fn start(&mut self, boot: &Boot) {
+        #[cfg(feature = "leave-out")]
+        let old = self.frame.x;
         *self = Self { el1: El1State::RESET, ..Self::ZERO };
+        havmsi_core::left_out!(ContextReset => self.frame.x = old);
         self.frame.x[..4].copy_from_slice(&boot.x);
         self.frame.elr = boot.pc;
         self.frame.spsr = spsr::EL1H | spsr::DAIF;
@@ -207,12 +210,17 @@ fn enter(
         return Err(Error::Invalid);
     };
 
+    #[cfg(feature = "leave-out")]
+    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(run) } else { entry };
+    #[cfg(feature = "leave-out")]
+    let cntvoff = cntvoff_el2::read();
     // Accepted: from here on things change.
     let used_lrs = current.used_lrs;
     let context = current.context();
     context.pending = Pending::Nothing;
     if let Some(boot) = &run.start {
         context.start(boot);
+        havmsi_core::left_out!(GuestEntry => if entry.gpr[0] != 0 { context.frame.elr = entry.gpr[0] });
         vm.lock().started(idx);
     }
     let mut injection = None;
@@ -235,6 +243,7 @@ fn enter(
     if armed {
         local.host_debug.save();
         context.debug.load();
+        havmsi_core::left_out!(DebugState => local.host_debug.load());
     }
     let tda = if armed { 0 } else { MDCR_TDA };
     let mut hcr = HCR;
@@ -248,6 +257,7 @@ fn enter(
     cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
     cnthctl_el2::write(CNTHCTL);
     cntvoff_el2::write(run.cntvoff);
+    havmsi_core::left_out!(CounterOffset => cntvoff_el2::write(cntvoff));
     vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
     unsafe { scr_el3::write(host::SCR_GUEST) };
@@ -259,6 +269,7 @@ fn enter(
         havmsi_hal::vgic::load(&context.vgic, hcr, &entry.lr, used_lrs);
     } else if host::world().gic.version() == 3 {
         havmsi_hal::vgic::close();
+        havmsi_core::left_out!(CloseGic => havmsi_hal::vgic::open());
     }
     world::switch_to(&context.el1, Stage2 { vttbr: run.vttbr, hcr });
     if let Some(what) = injection {
@@ -278,6 +289,26 @@ fn enter(
     // `Vm::leave`, before which `leave` below sets the host's again.
     unsafe { this_cpu().resume_next(frame) };
     Ok(())
+}
+
+#[cfg(feature = "leave-out")]
+fn entry_again(run: &Run) -> Entry {
+    let at = |i: usize| run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64);
+    Entry::from_words(&core::array::from_fn(|i| phys::read(at(i))))
+}
+
+/// Carries out a guest's call as if it were the host's.
+#[cfg(feature = "leave-out")]
+fn host_call_of_guest(frame: &mut Frame) -> bool {
+    let args = core::array::from_fn(|i| frame.x[i]);
+    let function = havmsi_core::addr::low32(args[0]);
+    if havmsi_abi::Function::from_id(function).is_none() {
+        return false;
+    }
+    if let Some(results) = crate::dispatch::host_call(function, &args) {
+        frame.x[..6].copy_from_slice(&results);
+    }
+    true
 }
 
 /// What brought a world to EL3.
@@ -368,6 +399,7 @@ fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_
         }
         Action::Hypercall => {
             let [x0, x1, x2, x3, ..] = context.frame.x;
+            havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return Next::Resume });
             let reply = hypercall::call(&mut vm.lock(), idx, [x0, x1, x2, x3]);
             let answer = match reply {
                 Reply::Answer(answer) => answer,
@@ -477,6 +509,7 @@ fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
         barrier::isb();
         context.fp.save();
         FpState::RESET.load();
+        havmsi_core::left_out!(FpClear => context.fp.load());
     }
     if debug {
         context.debug.save();

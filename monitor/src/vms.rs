@@ -57,6 +57,7 @@ pub fn take_context() -> Option<u16> {
             return Some(word * 64 + u16::try_from(old.trailing_ones()).ok()?);
         }
     }
+    havmsi_core::left_out!(Contexts => return Some(0));
     None
 }
 

@@ -306,19 +306,24 @@ fn ident(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// End of the bracketed group that opens at or after `from`, or of the item at a `;`.
+/// End of the bracketed group that opens at or after `from`, or of the item at a `;`. A match
+/// arm ends at its comma, a `let` at its semicolon only.
 fn item_end(text: &[u8], from: usize) -> usize {
+    let rest = text.get(from..).unwrap_or_default().trim_ascii_start();
+    let is = |words: &[&str]| words.iter().any(|w| rest.starts_with(w.as_bytes()));
+    let (is_let, is_fn) = (is(&["let "]), is(&["fn ", "pub ", "pub(", "const "]));
     let mut depth = 0_i32;
     for (i, c) in text.iter().enumerate().skip(from) {
         match c {
             b'{' | b'(' | b'[' => depth += 1,
             b'}' | b')' | b']' => {
                 depth -= 1;
-                if depth <= 0 && *c == b'}' {
+                if depth <= 0 && *c == b'}' && !is_let {
                     return i + 1;
                 }
             }
-            b';' | b',' if depth == 0 => return i + 1,
+            b';' if depth == 0 => return i + 1,
+            b',' if depth == 0 && !is_let && !is_fn => return i + 1,
             _ => {}
         }
     }
@@ -490,7 +495,7 @@ mod tests {
     fn what_only_test_monitors_have_does_not_count() {
         let source = "fn a() -> bool {\n    left_out!(A => return true);\n    crate::left_out!(B => if c { return d(1); });\n    \
             left_out!(C => {\n        e();\n    });\n    x() && !left_out!(D)\n}\n\
-            #[cfg(feature = \"leave-out\")]\nfn f() {\n}\n#[cfg(feature = \"other-one\")]\nfn g() {}\n";
+            #[cfg(feature = \"leave-out\")]\nfn f() -> R<(), E> {\n}\n#[cfg(feature = \"leave-out\")]\nlet a = if b { c } else {\n    d\n};\n#[cfg(feature = \"other-one\")]\nfn g() {}\n";
         assert_eq!(count_rust(source).rust, 5);
     }
 

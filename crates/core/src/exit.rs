@@ -166,14 +166,16 @@ impl Access {
 
     /// What a store of `value` puts out: no more than its size.
     #[must_use]
-    pub const fn stored(&self, value: u64) -> u64 {
+    pub fn stored(&self, value: u64) -> u64 {
+        left_out!(StoreWidth => return value);
         value & (u64::MAX >> (64 - 8 * self.size))
     }
 
     /// What the register holds after a load of `data`: truncated to the size
     /// of the access and extended as the instruction says.
     #[must_use]
-    pub const fn loaded(&self, data: u64) -> u64 {
+    pub fn loaded(&self, data: u64) -> u64 {
+        left_out!(LoadWidth => return data);
         let unused = 64 - 8 * self.size;
         let value = if self.signed {
             (((data << unused).cast_signed()) >> unused).cast_unsigned()
@@ -337,7 +339,7 @@ fn decide_abort(
     if !stage2 || s.ipa.0 >> ipa_bits != 0 {
         return abort;
     }
-    if is_ram(s.ipa.page()) {
+    if is_ram(s.ipa.page()) && !left_out!(RamFault) {
         // A walk of stage-1 tables counts as a read: what it would write is
         // the hardware's access flag, which a page mapped RWX permits.
         let write = !fetch && s.esr & WNR != 0 && s.esr & (S1PTW | CM) == 0;
@@ -428,6 +430,10 @@ pub fn answer(pending: Pending, entry: &Entry) -> Result<Answer, Error> {
         (EntryFlags::INJECT_UNDEF, Pending::SysregRead { .. } | Pending::SysregWrite) => {
             Ok(Answer::Inject(Injection::Undefined))
         }
+        #[cfg(feature = "leave-out")]
+        (EntryFlags::COMPLETE, _) if left_out!(Answer) => Ok(Answer::Set { rt: 31, value: 0 }),
+        #[cfg(feature = "leave-out")]
+        (EntryFlags::INJECT_SEA, _) if left_out!(Inject) => Ok(Answer::Inject(abort)),
         _ => Err(Error::Invalid),
     }
 }

@@ -103,6 +103,7 @@ impl GuestMap {
     /// [`MapError::Other(Error::Denied)`] if `ipa` is mapped, or was and is lost until the VM is
     /// reset; [`MapError::Tables`] if the pool is short.
     pub fn check(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(), MapError> {
+        left_out!(Occupied => if self.find(hw, ipa).is_ok() { return Ok(()) });
         match self.find(hw, ipa) {
             Ok(table) if hw.read_entry(table, level3_index(ipa)) != Entry::INVALID.0 => {
                 Err(MapError::Other(Error::Denied))
@@ -178,6 +179,8 @@ impl GuestMap {
             return None;
         }
         hw.write_entry(table, slot, Entry::LOST.0);
+        left_out!(Lost => hw.write_entry(table, slot, Entry::INVALID.0));
+        left_out!(GuestTlb => return Some(pages.claim(entry.address(), Owner::Private(self.slot)).ok()?.isolated()));
         hw.invalidate_guest(self.vttbr(), ipa);
         // What a leaf of this map names is this VM's, or a device page.
         let page = pages.claim(entry.address(), Owner::Private(self.slot)).ok()?;

@@ -58,7 +58,7 @@ impl HostMap {
             return Err(Error::Invalid);
         }
         for (i, bank) in ram.banks().iter().enumerate() {
-            let skip = if i == 0 { carveout_size } else { 0 };
+            let skip = if i == 0 && !left_out!(Carveout) { carveout_size } else { 0 };
             let end = bank.base.checked_add(bank.size).ok_or(Error::Invalid)?;
             if !bank.base.is_multiple_of(BLOCK_SIZE)
                 || !bank.size.is_multiple_of(BLOCK_SIZE)
@@ -219,9 +219,12 @@ impl HostMap {
         page: Page<Claimed>,
     ) -> Result<Page<Isolated>, Error> {
         let ipa = Ipa(page.pa().0);
+        left_out!(Hide => return Ok(page.isolated()));
+        left_out!(Ram => if self.level3_table(page.pa()).is_none() { return Ok(page.isolated()) });
         match self.split_to_page(hw, page.pa()) {
             Ok(table) => {
                 hw.write_entry(table, level3_index(ipa), Entry::HIDDEN.0);
+                left_out!(HostTlb => return Ok(page.isolated()));
                 hw.invalidate_host(ipa);
                 Ok(page.isolated())
             }

@@ -36,6 +36,82 @@ checks! {
     ScrubIn,
     /// what goes back to the host keeps its content
     ScrubOut,
+    /// two CPUs can claim one page at once
+    ClaimOnce,
+    /// what is no RAM is the host's to give
+    Ram,
+    /// the host's map shows the carve-out
+    Carveout,
+    /// a page that leaves the host stays in its map
+    Hide,
+    /// a page that leaves the host stays in TLBs
+    HostTlb,
+    /// a page that leaves a VM stays in TLBs
+    GuestTlb,
+    /// a page can come where one was taken away
+    Lost,
+    /// a page can come where one is
+    Occupied,
+    /// pages can be mapped outside declared RAM
+    DeclaredRam,
+    /// devices can be mapped in declared RAM
+    DeviceInRam,
+    /// MAP_DEV takes any address
+    DeviceList,
+    /// RAM can be declared beyond the address space
+    RamSpace,
+    /// any size of the address space can be asked for
+    Config,
+    /// all calls are possible in all phases of a VM
+    Phase,
+    /// a run page stays the host's to give
+    RunPage,
+    /// only the first page of a donated range is checked
+    EveryPage,
+    /// any number of pages for one call
+    CallBound,
+    /// a vCPU runs on two CPUs at once
+    VcpuBusy,
+    /// a VM can be destroyed while it runs
+    VmBusy,
+    /// a vCPU runs although it is off
+    VcpuOff,
+    /// the host says where a vCPU starts
+    GuestEntry,
+    /// a vCPU starts with the registers of the last one
+    ContextReset,
+    /// vCPUs beyond the last context share the first
+    Contexts,
+    /// the run page is read again after it was checked
+    CopyOnce,
+    /// a load gets as many bits as the host gives
+    LoadWidth,
+    /// a store shows the whole register
+    StoreWidth,
+    /// an access to RAM that is not mapped goes to the host
+    RamFault,
+    /// the host completes what it was not asked for
+    Answer,
+    /// the host injects aborts at any time
+    Inject,
+    /// any number of list registers
+    LrCount,
+    /// list registers link to any physical interrupt
+    LrLink,
+    /// a VM without interrupt controller finds the last one's state
+    CloseGic,
+    /// FP registers stay as the guest left them
+    FpClear,
+    /// the host's breakpoints stay when a guest arms its own
+    DebugState,
+    /// the guest's counter has the offset that the host loaded
+    CounterOffset,
+    /// calls of the host's interface from a guest
+    GuestCalls,
+    /// the host's map has fw_cfg and the redistributors' first pages
+    HostDevices,
+    /// a CPU that is turned on has no stage-2
+    HostStage2,
     /// the call TIMER_LOAD of VM u64::MAX panics
     Panic,
 }

@@ -191,8 +191,10 @@ impl<'a> Pages<'a> {
     /// [`Error::Denied`] if it is not RAM or not `owner`'s, [`Error::Again`] if
     /// another CPU has it in motion.
     pub fn claim(&self, pa: Pa, owner: Owner) -> Result<Page<Claimed>, Error> {
+        left_out!(Ram => if self.record(pa).is_none() { return Ok(Page { pa, was: owner, state: PhantomData }) });
         let record = self.record(pa).ok_or(Error::Denied)?;
-        left_out!(Owner => return Ok(Self::claim_from_anyone(pa, record)));
+        left_out!(Owner => return self.claim_from_anyone(pa).ok_or(Error::Denied));
+        left_out!(ClaimOnce => return Self::claim_in_two_steps(pa, owner, record));
         match record.compare_exchange(owner.encode(), MOVING, Ordering::Acquire, Ordering::Relaxed)
         {
             Ok(_) => Ok(Page { pa, was: owner, state: PhantomData }),
@@ -202,9 +204,23 @@ impl<'a> Pages<'a> {
     }
 
     #[cfg(feature = "leave-out")]
-    fn claim_from_anyone(pa: Pa, record: &AtomicU16) -> Page<Claimed> {
-        let was = Owner::decode(record.swap(MOVING, Ordering::Acquire)).unwrap_or(Owner::Host);
-        Page { pa, was, state: PhantomData }
+    pub(crate) fn claim_from_anyone(&self, pa: Pa) -> Option<Page<Claimed>> {
+        let was = Owner::decode(self.record(pa)?.swap(MOVING, Ordering::Acquire))?;
+        Some(Page { pa, was, state: PhantomData })
+    }
+
+    #[cfg(feature = "leave-out")]
+    fn claim_in_two_steps(
+        pa: Pa,
+        owner: Owner,
+        record: &AtomicU16,
+    ) -> Result<Page<Claimed>, Error> {
+        if record.load(Ordering::Relaxed) != owner.encode() {
+            return Err(Error::Denied);
+        }
+        (0..1000).for_each(|_| core::hint::spin_loop());
+        record.store(MOVING, Ordering::Relaxed);
+        Ok(Page { pa, was: owner, state: PhantomData })
     }
 
     /// Gives a claimed page back to the owner it was taken from; nothing has happened.

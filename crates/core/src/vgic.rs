@@ -24,11 +24,12 @@ pub const HCR_ALLOWED: u64 = 0xff;
 /// physical interrupt other than the virtual timer's (T19).
 pub fn check(lrs: &[u64; MAX_LRS], used: u64, implemented: usize) -> Result<usize, Error> {
     let used = crate::addr::index(used);
-    if used > implemented.min(MAX_LRS) {
+    if used > implemented.min(MAX_LRS) && !left_out!(LrCount) {
         return Err(Error::Invalid);
     }
     let foreign =
         |lr: &u64| lr & LR_HW != 0 && lr >> LR_PINTID_SHIFT & LR_PINTID_MASK != VIRTUAL_TIMER_INTID;
+    left_out!(LrLink => return Ok(used));
     if lrs.iter().take(used).any(foreign) {
         return Err(Error::Invalid);
     }

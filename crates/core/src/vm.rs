@@ -192,6 +192,8 @@ impl Vm {
         }
         let vcpus = 1..=MAX_VCPUS_PER_VM as u64;
         let bits = havmsi_abi::MIN_IPA_BITS..=havmsi_abi::MAX_IPA_BITS;
+        #[cfg(feature = "leave-out")]
+        let bits = if left_out!(Config) { 0..=u64::MAX } else { bits };
         if !vcpus.contains(&config.max_vcpus)
             || !bits.contains(&config.ipa_bits)
             || !matches!(config.gic, 0 | 2 | 3)
@@ -209,6 +211,7 @@ impl Vm {
     }
 
     fn in_phase(&self, phase: Phase) -> Result<(), Error> {
+        left_out!(Phase => return Ok(()));
         if self.phase == phase { Ok(()) } else { Err(Error::State) }
     }
 
@@ -226,6 +229,8 @@ impl Vm {
         self.in_phase(Phase::Open)?;
         let range = Range { base: ipa, size };
         let space = Range { base: 0, size: 1 << self.config.ipa_bits };
+        #[cfg(feature = "leave-out")]
+        let space = if left_out!(RamSpace) { Range { base: 0, size: u64::MAX } } else { space };
         if size == 0 || !Ipa(ipa).is_page() || !Ipa(size).is_page() || !space.contains(ipa, size) {
             return Err(Error::Invalid);
         }
@@ -284,6 +289,7 @@ impl Vm {
         }
         let page = m.pages().claim(run_page, Owner::Host)?;
         m.pages().relabel(page, Owner::RunPage(slot));
+        left_out!(RunPage => m.pages().give_to_host(run_page));
         *vcpu = Vcpu { exists: true, context, run_page, ..Vcpu::NONE };
         Ok(())
     }
@@ -312,7 +318,7 @@ impl Vm {
         if !ipa.is_page() {
             return Err(Error::Invalid.into());
         }
-        if !self.is_ram(ipa) {
+        if !self.is_ram(ipa) && !left_out!(DeclaredRam) {
             return Err(Error::Denied.into());
         }
         let page = m.pages().claim(pa, Owner::Host)?;
@@ -400,7 +406,7 @@ impl Vm {
         if !ipa.is_page() || ipa.0 >> self.config.ipa_bits != 0 {
             return Err(Error::Invalid.into());
         }
-        if self.is_ram(ipa) || self.config.gic != 2 {
+        if self.is_ram(ipa) && !left_out!(DeviceInRam) || self.config.gic != 2 {
             return Err(Error::Denied.into());
         }
         self.map.map_device(m.hw(), ipa, pa)?;
@@ -418,6 +424,7 @@ impl Vm {
     /// for a bad range.
     pub fn unmap_pages(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(), Error> {
         self.in_use()?;
+        left_out!(CallBound => return self.unmap_any_number(m, ipa, n));
         let space = Range { base: 0, size: 1 << self.config.ipa_bits };
         if n > MAX_PAGES_PER_CALL || !Ipa(ipa).is_page() || !space.contains(ipa, n * PAGE_SIZE) {
             return Err(Error::Invalid);
@@ -428,6 +435,16 @@ impl Vm {
                 continue;
             }
             if let Some(page) = self.map.unmap(m.hw(), m.pages(), ipa) {
+                wipe_to_host(m, page);
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "leave-out")]
+    fn unmap_any_number(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(), Error> {
+        for ipa in (ipa..ipa + n * PAGE_SIZE).step_by(4096) {
+            if let Some(page) = self.map.unmap(m.hw(), m.pages(), Ipa(ipa)) {
                 wipe_to_host(m, page);
             }
         }
@@ -448,6 +465,11 @@ impl Vm {
         let mut claimed = [const { None }; 32];
         let mut at = first;
         for place in claimed.iter_mut().take(index(n)) {
+            left_out!(EveryPage => if at != first {
+                *place = m.pages().claim_from_anyone(at);
+                at = at.offset(PAGE_SIZE);
+                continue;
+            });
             match m.pages().claim(at, Owner::Host) {
                 Ok(page) => *place = Some(page),
                 Err(error) => {
@@ -485,10 +507,12 @@ impl Vm {
         let (vttbr, cntvoff, gic) = (self.map.vttbr(), self.cntvoff, self.config.gic);
         let vcpu = self.vcpu(idx)?;
         phase?;
-        if vcpu.running {
+        if vcpu.running && !left_out!(VcpuBusy) {
             return Err(Error::Busy);
         }
         let start = match vcpu.power {
+            #[cfg(feature = "leave-out")]
+            Power::Off if left_out!(VcpuOff) => None,
             Power::Off => return Err(Error::State),
             Power::Pending(boot) => Some(boot),
             Power::On => None,
@@ -592,7 +616,7 @@ impl Vm {
     }
 
     fn scrub(&mut self, m: &impl Machine, phase: Phase) -> Result<(), Error> {
-        if self.running != 0 {
+        if self.running != 0 && !left_out!(VmBusy) {
             return Err(Error::Busy);
         }
         if self.phase != phase {

@@ -93,6 +93,16 @@ pub fn left_out(name: &mut [u8]) -> Option<usize> {
     unsafe { FwCfg::new(FW_CFG) }.read_file("opt/org.havmsi/leave-out", name)
 }
 
+/// What else the host's map gets without the check `HostDevices`: fw_cfg, the
+/// first pages of the redistributors.
+#[cfg(feature = "leave-out")]
+pub fn hidden_devices(cpus: usize) -> impl Iterator<Item = Range> {
+    let redistributors = (0..cpus).map(|cpu| REDISTRIBUTORS + cpu * REDISTRIBUTOR_SIZE);
+    let all = core::iter::once(FW_CFG).chain(redistributors);
+    let pages = all.map(|base| Range { base: base as u64, size: 0x1000 });
+    pages.filter(|_| havmsi_core::left_out!(HostDevices))
+}
+
 /// On each CPU, with the MMU off. Nothing to do.
 pub const fn early(_cpu: usize) {}
 
