@@ -133,14 +133,17 @@ pub const SCR_GUEST: u64 = {
 };
 
 /// HCR_EL2 in the host (D24.2.56): stage-2 on, set/way invalidation cleans too,
-/// ID registers and implementation-defined ones trap, EL1 is AArch64.
+/// ID registers and implementation-defined ones trap, EL1 is AArch64. A stage-1
+/// walk that hits a device faults (PTW): the monitor has the host's addresses
+/// translated (AT), and a device that answers with an error would abort EL3.
 const HCR: u64 = {
     const VM: u64 = 1;
     const SWIO: u64 = 1 << 1;
+    const PTW: u64 = 1 << 2;
     const TID3: u64 = 1 << 18;
     const TIDCP: u64 = 1 << 20;
     const RW: u64 = 1 << 31;
-    VM | SWIO | TID3 | TIDCP | RW
+    VM | SWIO | PTW | TID3 | TIDCP | RW
 };
 
 /// CPTR_EL3: trace (TTA) and activity monitors (TAM) trap; SVE and SME are off

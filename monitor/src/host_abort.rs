@@ -29,11 +29,12 @@ pub fn handle(frame: &mut Frame, esr: u64) {
         return;
     }
     let walk = esr & S1PTW != 0;
-    let execute = !walk && esr >> EC_SHIFT == ec::INSTRUCTION_ABORT;
     // Where a walk may not even read, there is no leaf; where it lacks a
-    // permission, it is to write (FEAT_HAFDBS). Cache maintenance says "write", but
-    // needs that right only where it says that it lacks it.
+    // permission, it is to write (FEAT_HAFDBS) or hit a device, which is never
+    // executable. Cache maintenance says "write", but needs that right only where
+    // it says that it lacks it.
     let permission = esr & FSC_TYPE == FSC_PERMISSION;
+    let execute = if walk { permission } else { esr >> EC_SHIFT == ec::INSTRUCTION_ABORT };
     let write = if walk || esr & CM != 0 { permission } else { !execute && esr & WNR != 0 };
     let verdict = world.with_host_map(|map| map.resolve(&world.machine, Ipa(ipa), write, execute));
     if verdict == Resolution::Refused {

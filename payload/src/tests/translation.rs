@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Guests, and a host, with stage-1 tables of their own.
 
+use core::sync::atomic::Ordering;
+
 use havmsi_abi::{Exit, ExitClass, Function};
 
 use crate::guest::{FREE, IPA_BITS, PORT, RAM, Vcpu, Vm, nothing, vectors};
@@ -241,7 +243,7 @@ fn two_vcpus_at_once() -> Outcome {
 test!(two_vcpus_at_once, "", several_cpus);
 
 /// The host's own table walks see what its loads see: zeros in a VM's page,
-/// nothing in the monitor's.
+/// nothing in the monitor's. They read no device.
 fn walks_of_the_host() -> Outcome {
     let (vm, _) = Vm::launch(nothing(), [0; 4])?;
     let page = vm.map(FREE)?;
@@ -255,6 +257,8 @@ fn walks_of_the_host() -> Outcome {
         (RAM_BASE + 0x2000, 0b01_0000),
         (0x0e00_0000, 0b01_0000),
         (0x0904_0000, 0b01_0000),
+        // The host's own UART.
+        (0x0900_0000, 0b01_0000),
     ] {
         msr!("ttbr1_el1", table);
         msr!("tcr_el1", tcr & !(1 << 23) | upper);
@@ -273,3 +277,39 @@ fn walks_of_the_host() -> Outcome {
     vm.destroy()
 }
 test!(walks_of_the_host, "T01 T06");
+
+/// Behind the GICv2's virtual CPU interface: the host's, and answers with an error.
+const BUS_ERROR: u64 = 0x0804_4000;
+/// Nothing of the host's.
+const FLASH: u64 = DEVICE;
+const FLICKERING: u64 = 9;
+
+fn flickering_entry() -> u64 {
+    core::ptr::from_ref(&memory::ROOT).addr() as u64 + 8 * FLICKERING
+}
+
+extern "C" fn flicker(_: u64) -> u64 {
+    while cpu::STOP.load(Ordering::SeqCst) == 0 {
+        for entry in [FLASH, BUS_ERROR | TABLE] {
+            memory::write(flickering_entry(), entry);
+            (0..20).for_each(|_| core::hint::spin_loop());
+        }
+    }
+    0
+}
+
+/// The monitor asks what stage 1 makes of an address that stage 2 refused;
+/// by then the host has put its tables into a device that answers with an error.
+fn walks_of_the_monitor() -> Outcome {
+    cpu::STOP.store(0, Ordering::SeqCst);
+    cpu::start(1, flicker, 0)?;
+    for _ in 0..20_000 {
+        let result = memory::peek(FLICKERING * GIB);
+        ensure!(result.is_err(), "{result:x?}");
+    }
+    cpu::STOP.store(1, Ordering::SeqCst);
+    expect!(cpu::join(1)?, 0);
+    memory::write(flickering_entry(), DEVICE | (FLICKERING * GIB));
+    Ok(())
+}
+test!(walks_of_the_monitor, "T20 T22", several_cpus);
