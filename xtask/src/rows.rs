@@ -39,8 +39,9 @@ pub enum Work {
     Run(u32, Cpu),
     /// A job of the host's agent under the monitor, with more words for its command line.
     Job(&'static str, u32, Cpu, &'static str),
-    /// The kernel without a monitor: on this machine, with `/dev/kvm` expected or not.
-    NoMonitor(Kind, bool),
+    /// A kernel and firmware that don't match: the monitor is wanted and not there, or (on its own
+    /// machine) there and not wanted. With `/dev/kvm` expected or not.
+    Mismatch(Kind, bool),
     /// The digest computed twice equals what the monitor reports.
     Digest(u32),
     /// Test monitors can leave checks out, no other can.
@@ -136,8 +137,9 @@ pub fn table() -> Vec<Row> {
             add(format!("payload/gic{gic}/{}", cpu.name()), 180, Work::Payload(gic, cpu));
         }
     }
-    add("linux/no-monitor/el2".into(), 90, Work::NoMonitor(Kind::Control, true));
-    add("linux/no-monitor/el1".into(), 90, Work::NoMonitor(Kind::Bare, false));
+    add("linux/no-monitor/el2".into(), 90, Work::Mismatch(Kind::Control, true));
+    add("linux/no-monitor/el1".into(), 90, Work::Mismatch(Kind::Bare, false));
+    add("linux/monitor-not-wanted".into(), 90, Work::Mismatch(Kind::Havmsi, false));
     add("linux/digest/gic3".into(), 240, Work::Digest(3));
     add("linux/digest/gic2".into(), 240, Work::Digest(2));
     for (gic, cpu) in [(3, a57), (2, a57), (3, n1), (2, n1)] {
@@ -184,7 +186,7 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
             Work::Run(..)
                 | Work::Attack(_)
                 | Work::Job(..)
-                | Work::NoMonitor(..)
+                | Work::Mismatch(..)
                 | Work::Digest(_)
                 | Work::Cli(_)
         )
@@ -260,7 +262,7 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
                 None => bail!("the job did not end"),
             }
         }
-        Work::NoMonitor(kind, kvm) => no_monitor(ctx, *kind, *kvm, row.limit),
+        Work::Mismatch(kind, kvm) => mismatch(ctx, *kind, *kvm, row.limit),
         Work::Digest(gic) => digests(ctx, *gic, row.limit),
         Work::LeaveOut => {
             build::no_release_leaves_out(ctx)?;
@@ -405,21 +407,29 @@ fn payload_line(
     Ok(())
 }
 
-/// The kernel asks for the monitor where there is none: it must say so and live.
-fn no_monitor(ctx: &Ctx, kind: Kind, kvm: bool, limit: Duration) -> Result<Ended> {
-    let args = run::Args { job: "nokvm".to_owned(), control: true, ..run::Args::default() };
+/// Kernel and firmware don't match: the kernel must say so and live.
+fn mismatch(ctx: &Ctx, kind: Kind, kvm: bool, limit: Duration) -> Result<Ended> {
+    let args = run::Args {
+        job: "nokvm".to_owned(),
+        control: kind != Kind::Havmsi,
+        ..run::Args::default()
+    };
     let mut config = run::configure(ctx, &args, kind)?;
-    config.append = config.append.replace("kvm-arm.mode=nvhe", "kvm-arm.mode=havmsi");
+    let (from, to) = if kind == Kind::Havmsi { ("havmsi", "nvhe") } else { ("nvhe", "havmsi") };
+    let mode = |word| format!("kvm-arm.mode={word}");
+    config.append = config.append.replace(&mode(from), &mode(to));
     let outcome = job::run(&config, &ctx.log_dir, limits(limit), |_| ())?;
     let found = outcome.start("kvm").and_then(Value::as_bool);
     if found != Some(kvm) {
         bail!("/dev/kvm: {found:?}, expected {kvm}; see {}", ctx.log_dir.display());
     }
     let console = fs::read_to_string(ctx.log("console.log"))?;
-    let said =
-        console.lines().find(|l| l.contains("HA-VMSI") || l.contains("havmsi:")).map(str::to_owned);
+    let said = console
+        .lines()
+        .find(|l| l.contains("HA-VMSI") || l.contains("havmsi:"))
+        .with_context(|| format!("the kernel says nothing; see {}", ctx.log_dir.display()))?;
     match outcome.done {
-        Some((true, _)) => Ok(Ended::ok(said.unwrap_or_default().trim().to_owned())),
+        Some((true, _)) => Ok(Ended::ok(said.trim().to_owned())),
         _ => bail!("the host did not come through; see {}", ctx.log_dir.display()),
     }
 }
