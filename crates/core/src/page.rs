@@ -116,11 +116,12 @@ impl Page<Claimed> {
 }
 
 impl Page<Isolated> {
-    /// Wipes the page.
+    /// Wipes the page; no instruction cache keeps what the old owner ran there.
     pub fn scrub(self, hw: &impl Hardware) -> Page<Clean> {
         left_out!(ScrubIn => if self.was == Owner::Host { return self.into_state() });
         left_out!(ScrubOut => if self.was != Owner::Host { return self.into_state() });
         hw.zero_page(self.pa);
+        hw.invalidate_icache();
         self.into_state()
     }
 

@@ -392,7 +392,6 @@ impl Vm {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         let page = self.take_for(m, ipa, pa)?.scrub(m.hw());
-        m.hw().invalidate_icache();
         self.donate(m, ipa, page)
     }
 
