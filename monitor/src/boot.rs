@@ -31,11 +31,12 @@ global_asm!(
     pen_waiting = const PEN_WAITING,
     pen_go = const PEN_GO,
     stack_stride = const mmu::STACK_STRIDE,
+    emergency_stack = const mmu::EMERGENCY_STACK,
     per_cpu = sym PER_CPU,
     per_cpu_size = const size_of::<PerCpu>(),
     per_cpu_stack = const cpu::STACK_OFFSET,
     early = sym early,
-    root = sym mmu::ROOT,
+    root = sym mmu::TABLES,
     start = sym start,
 );
 
@@ -43,7 +44,7 @@ global_asm!(
     include_str!("vectors.S"),
     per_cpu_frame = const cpu::FRAME_OFFSET,
     per_cpu_stack = const cpu::STACK_OFFSET,
-    per_cpu_emergency = const cpu::EMERGENCY_OFFSET,
+    emergency_stack = const mmu::EMERGENCY_STACK,
     frame_spsr = const cpu::FRAME_SPSR,
     from_lower = sym exception::exception_from_lower,
     from_self = sym exception::exception_from_self,

@@ -4,6 +4,7 @@
 use core::cell::{Cell, UnsafeCell};
 use core::ptr;
 
+use havmsi_core::exit::{SysregAccess, write_register};
 use havmsi_core::inject::spsr;
 use havmsi_hal::sysreg::tpidr_el3;
 
@@ -27,6 +28,15 @@ impl Frame {
         Self { x: [0; 31], elr: 0, spsr: 0 }
     }
 
+    /// Answers a trapped access to a system register: a read gives `value`, a
+    /// write is ignored.
+    pub fn answer(&mut self, access: SysregAccess, value: u64) {
+        if access.read {
+            write_register(&mut self.x, access.rt, value);
+        }
+        self.step();
+    }
+
     /// Moves the PC over the instruction that was emulated.
     pub fn step(&mut self) {
         self.elr = self.elr.wrapping_add(4);
@@ -39,7 +49,6 @@ impl Frame {
 pub struct PerCpu {
     frame: Cell<*mut Frame>,
     stack: Cell<usize>,
-    emergency: Cell<usize>,
     number: Cell<usize>,
     host: UnsafeCell<Frame>,
 }
@@ -50,7 +59,6 @@ unsafe impl Sync for PerCpu {}
 
 pub const FRAME_OFFSET: usize = core::mem::offset_of!(PerCpu, frame);
 pub const STACK_OFFSET: usize = core::mem::offset_of!(PerCpu, stack);
-pub const EMERGENCY_OFFSET: usize = core::mem::offset_of!(PerCpu, emergency);
 pub const FRAME_SPSR: usize = core::mem::offset_of!(Frame, spsr);
 const _: () = assert!(core::mem::offset_of!(Frame, elr) == 31 * 8);
 
@@ -58,23 +66,10 @@ pub static PER_CPU: [PerCpu; MAX_CPUS] = [const {
     PerCpu {
         frame: Cell::new(ptr::null_mut()),
         stack: Cell::new(0),
-        emergency: Cell::new(0),
         number: Cell::new(0),
         host: UnsafeCell::new(Frame::new()),
     }
 }; MAX_CPUS];
-
-const EMERGENCY_SIZE: usize = 2048;
-
-/// For the epitaph, if a CPU's stack is what broke.
-#[repr(C, align(16))]
-pub struct EmergencyStack(UnsafeCell<[u8; EMERGENCY_SIZE]>);
-
-// SAFETY: used as a stack by its own CPU only; Rust makes no reference to it.
-unsafe impl Sync for EmergencyStack {}
-
-static EMERGENCY: [EmergencyStack; MAX_CPUS] =
-    [const { EmergencyStack(UnsafeCell::new([0; EMERGENCY_SIZE])) }; MAX_CPUS];
 
 /// The record of the CPU that asks.
 pub fn this_cpu() -> &'static PerCpu {
@@ -88,8 +83,6 @@ impl PerCpu {
     /// Completes the record; `number` is the CPU's own.
     pub fn init(&self, number: usize) {
         self.number.set(number);
-        let stack = EMERGENCY[number].0.get();
-        self.emergency.set(stack.addr() + EMERGENCY_SIZE);
         self.resume_host_next();
     }
 

@@ -114,11 +114,10 @@ secondary:
 home:
     ldr     x0, =vectors_el3
     msr     vbar_el3, x0
-    // Stack of this CPU; its per-CPU record.
-    ldr     x0, =STACKS
+    // Stack of this CPU, below its emergency stack; its per-CPU record.
+    ldr     x0, =STACKS + {stack_stride} - {emergency_stack}
     mov     x1, #{stack_stride}
     madd    x0, x1, x19, x0
-    add     x0, x0, x1
     mov     sp, x0
     ldr     x1, ={per_cpu}
     mov     x2, #{per_cpu_size}

@@ -6,15 +6,17 @@ use core::fmt::Arguments;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use havmsi_core::addr::low32;
-use havmsi_core::exit::{EC_SHIFT, Injection, SysregAccess, ec, write_register};
+use havmsi_core::addr::{Ipa, low32};
+use havmsi_core::exit::{
+    EC_SHIFT, FNV, FSC_PERMISSION, FSC_TYPE, Injection, S1PTW, SysregAccess, ec,
+};
 use havmsi_core::idreg::{self, World};
 use havmsi_core::inject::{self, spsr};
-use havmsi_hal::barrier;
 use havmsi_hal::sysreg::{
-    elr_el1, elr_el2, elr_el3, esr_el1, esr_el2, esr_el3, far_el1, far_el3, sctlr_el1, spsr_el1,
-    spsr_el2, vbar_el1,
+    elr_el1, elr_el2, elr_el3, esr_el1, esr_el2, esr_el3, far_el1, far_el2, far_el3, hpfar_el2,
+    midr_el1, sctlr_el1, spsr_el1, spsr_el2, vbar_el1,
 };
+use havmsi_hal::{barrier, tlb};
 
 use crate::cpu::{Frame, this_cpu};
 use crate::run::{self, Cause};
@@ -111,8 +113,30 @@ fn from_host() {
 pub fn id_read(frame: &mut Frame, access: SysregAccess, world: World) {
     let (crm, op2) = access.crm_op2();
     let value = idreg::visible(crm, op2, havmsi_hal::idreg::raw(crm, op2), world);
-    write_register(&mut frame.x, access.rt, value);
-    frame.step();
+    frame.answer(access, value);
+}
+
+/// The IPA of the stage-2 abort that `ESR_EL2` describes, with the offset in
+/// its page (a walk's is lost). `None` if stage 1 does not translate the address
+/// any more: then the access is tried again.
+///
+/// `HPFAR_EL2` is not valid for permission faults that are no walk's (Arm ARM
+/// D24.2 "HPFAR_EL2"), nor on Cortex-A57 for any (erratum 834220: an access
+/// that stage 1 refuses may be reported, with a wrong address). So for those
+/// stage 1 is asked again.
+pub fn faulting_ipa(esr: u64) -> Option<Ipa> {
+    const MIDR_PART: u64 = 0xff00_fff0;
+    const CORTEX_A57: u64 = 0x4100_d070;
+    let far = far_el2::read();
+    let permission = esr & FSC_TYPE == FSC_PERMISSION;
+    let unreliable = permission || esr & FNV == 0 && midr_el1::read() & MIDR_PART == CORTEX_A57;
+    let page = if esr & S1PTW == 0 && unreliable {
+        tlb::stage1_page(far)?
+    } else {
+        // FIPA [43:4] is IPA [51:12].
+        (hpfar_el2::read() & 0x0fff_ffff_fff0) << 8
+    };
+    Some(Ipa(page | far & 0xfff))
 }
 
 /// The current world takes an exception at EL1: for an abort, the access that

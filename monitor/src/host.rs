@@ -136,7 +136,7 @@ pub const SCR_GUEST: u64 = {
 /// ID registers and implementation-defined ones trap, EL1 is AArch64. A stage-1
 /// walk that hits a device faults (PTW): the monitor has the host's addresses
 /// translated (AT), and a device that answers with an error would abort EL3.
-const HCR: u64 = {
+pub const HCR: u64 = {
     const VM: u64 = 1;
     const SWIO: u64 = 1 << 1;
     const PTW: u64 = 1 << 2;

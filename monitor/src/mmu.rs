@@ -9,49 +9,52 @@ use core::slice;
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 
 use havmsi_core::addr::index;
-use havmsi_core::ram::{MAX_BANKS, Ram, Range};
+use havmsi_core::ram::{MAX_BANKS, Ram};
 use havmsi_hal::tlb;
 
 use crate::platform::{EL3_DEVICES, MAX_CPUS, SECURE_RAM_SIZE};
 
 const ENTRIES: usize = 512;
 const PAGE: u64 = 4096;
-const BLOCK2: u64 = 2 << 20;
-const BLOCK1: u64 = 1 << 30;
+/// Bytes that an entry of the root, at level 1, maps.
+const LEVEL1_SIZE: u64 = 1 << 30;
 
 #[repr(C, align(4096))]
 pub struct Table([AtomicU64; ENTRIES]);
 
 impl Table {
-    const fn new() -> Self {
-        Self([const { AtomicU64::new(0) }; ENTRIES])
-    }
-
-    /// Plain stores: also with the MMU off, where exclusives don't work.
-    fn set(&self, slot: u64, value: u64) {
-        self.0[index(slot) % ENTRIES].store(value, Ordering::Relaxed);
-    }
-
-    fn get(&self, slot: u64) -> u64 {
-        self.0[index(slot) % ENTRIES].load(Ordering::Relaxed)
+    /// The entry for block or page `number`. Plain loads and stores only, here
+    /// and below: exclusives don't work with the MMU off.
+    fn entry(&self, number: u64) -> &AtomicU64 {
+        &self.0[index(number) % ENTRIES]
     }
 
     fn descriptor(&self) -> u64 {
         core::ptr::from_ref(self).addr() as u64 | TABLE
     }
+
+    /// The table that entry `number` points to, a new one if it points nowhere.
+    fn next(&self, number: u64) -> &'static Self {
+        let entry = self.entry(number);
+        let pointer = entry.load(Ordering::Relaxed);
+        if let Some(table) = TABLES.iter().find(|table| table.descriptor() == pointer) {
+            return table;
+        }
+        let used = USED.load(Ordering::Relaxed);
+        USED.store(used + 1, Ordering::Relaxed);
+        let table = &TABLES[used];
+        entry.store(table.descriptor(), Ordering::Relaxed);
+        table
+    }
 }
 
-/// Level 1: 512 GiB.
-pub static ROOT: Table = Table::new();
-/// Level 2, for the GiBs that are not one block: at most that of secure RAM,
-/// one for each window of devices, two for each bank of RAM.
-static LEVEL2: [Table; 1 + EL3_DEVICES.len() + 2 * MAX_BANKS] =
-    [const { Table::new() }; 1 + EL3_DEVICES.len() + 2 * MAX_BANKS];
-/// Tables of `LEVEL2` that are used.
-static USED: AtomicUsize = AtomicUsize::new(0);
-/// Level 3: the 4 MiB that hold the image (monitor.ld checks).
-static IMAGE: [Table; 2] = [const { Table::new() }; 2];
-const IMAGE_SIZE: u64 = 2 * BLOCK2;
+/// The root; level 2 for the GiBs that are not one block, at most that of secure
+/// RAM, one for each window of devices, two for each bank of RAM; level 3 for
+/// the 4 MiB that hold the image (monitor.ld checks).
+pub static TABLES: [Table; 1 + 1 + EL3_DEVICES.len() + 2 * MAX_BANKS + 2] =
+    [const { Table([const { AtomicU64::new(0) }; ENTRIES]) }; _];
+/// Tables that are used.
+static USED: AtomicUsize = AtomicUsize::new(1);
 
 const TABLE: u64 = 3;
 const LEVEL3_PAGE: u64 = 3;
@@ -66,8 +69,11 @@ const INNER: u64 = 3 << 8;
 const NORMAL: u64 = 2 << 2 | INNER | COMMON;
 const DEVICE: u64 = 1 << 2 | COMMON | XN;
 
-/// Bytes of a CPU's stack, the guard page at its lower end included.
+/// Bytes of a CPU's stack, the guard page at its lower end and the emergency
+/// stack at its upper end included.
 pub const STACK_STRIDE: usize = 32 * 1024;
+/// Bytes for the epitaph, if a CPU's stack is what broke.
+pub const EMERGENCY_STACK: usize = 2048;
 
 unsafe extern "C" {
     static __image_start: u8;
@@ -94,71 +100,41 @@ pub fn image_end() -> u64 {
 /// Makes the tables of the image, the rest of secure RAM and the devices.
 /// By the first CPU, with the MMU off.
 pub fn build_tables() {
-    let start = image_start();
     let text = address(&raw const __text_end);
     let rodata = address(&raw const __rodata_end);
     let data = address(&raw const __data_end);
-    let end = image_end();
-
-    let level2 = level2(start);
-    let mut at = start;
-    while at < start + IMAGE_SIZE {
-        let Some(table) = IMAGE.get(index((at - start) / BLOCK2)) else { break };
-        level2.set(at / BLOCK2, table.descriptor());
-        let attributes = if at < text {
-            READ_ONLY
-        } else if at < rodata {
-            READ_ONLY | XN
-        } else {
-            XN
-        };
+    map(image_start(), text, READ_ONLY | NORMAL);
+    map(text, rodata, READ_ONLY | XN | NORMAL);
+    map(rodata, data, XN | NORMAL);
+    for stack in (data..image_end()).step_by(STACK_STRIDE) {
         // A stack's lowest page stays invalid.
-        let guard = at >= data && at < end && (at - data).is_multiple_of(STACK_STRIDE as u64);
-        if !guard {
-            table.set(at / PAGE, at | attributes | NORMAL | LEVEL3_PAGE);
-        }
-        at += PAGE;
+        map(stack + PAGE, stack + STACK_STRIDE as u64, XN | NORMAL);
     }
-    map(Range { base: start + IMAGE_SIZE, size: SECURE_RAM_SIZE - IMAGE_SIZE }, XN | NORMAL);
+    map(image_end(), image_start() + SECURE_RAM_SIZE, XN | NORMAL);
     for window in EL3_DEVICES {
-        map(window, DEVICE);
+        map(window.base, window.base + window.size, DEVICE);
     }
 }
 
-/// The level 2 table around `at`. Plain stores, as in `Table::set`.
-fn level2(at: u64) -> &'static Table {
-    let entry = ROOT.get(at / BLOCK1);
-    if let Some(table) = LEVEL2.iter().find(|table| table.descriptor() == entry) {
-        return table;
-    }
-    let used = USED.load(Ordering::Relaxed);
-    USED.store(used + 1, Ordering::Relaxed);
-    let table = &LEVEL2[used];
-    ROOT.set(at / BLOCK1, table.descriptor());
-    table
-}
-
-/// Maps whole blocks. Entries go from invalid to valid, so no TLB holds
-/// anything of them.
-fn map(range: Range, attributes: u64) {
-    let mut at = range.base;
-    let end = range.base + range.size;
+/// Maps from `at` to `end` in the largest steps that fit. Entries go from
+/// invalid to valid, so no TLB holds anything of them.
+fn map(mut at: u64, end: u64, attributes: u64) {
     while at < end {
-        let entry = at | attributes | BLOCK;
-        if at.is_multiple_of(BLOCK1) && end - at >= BLOCK1 {
-            ROOT.set(at / BLOCK1, entry);
-            at += BLOCK1;
-        } else {
-            level2(at).set(at / BLOCK2, entry);
-            at += BLOCK2;
+        let (mut table, mut size) = (&TABLES[0], LEVEL1_SIZE);
+        while !at.is_multiple_of(size) || end - at < size {
+            table = table.next(at / size);
+            size /= ENTRIES as u64;
         }
+        let kind = if size == PAGE { LEVEL3_PAGE } else { BLOCK };
+        table.entry(at / size).store(at | attributes | kind, Ordering::Relaxed);
+        at += size;
     }
 }
 
 /// Maps the normal world's RAM.
 pub fn map_ram(ram: &Ram) {
     for bank in ram.banks() {
-        map(*bank, XN | NON_SECURE | NORMAL);
+        map(bank.base, bank.base + bank.size, XN | NON_SECURE | NORMAL);
     }
     tlb::publish_el3_entries();
 }

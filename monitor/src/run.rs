@@ -6,10 +6,10 @@
 use core::cell::UnsafeCell;
 
 use havmsi_abi::{
-    ENTRY_OFFSET, EXIT_OFFSET, Entry, Error, Exit, ExitClass, MAX_VCPUS, MAX_VMS, WORDS_ENTRY,
+    ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Error, Exit, ExitClass, MAX_VCPUS, MAX_VMS,
 };
 use havmsi_core::addr::Ipa;
-use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, SysregAccess, ec};
+use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, ec};
 use havmsi_core::hypercall::{self, Reply};
 use havmsi_core::idreg::World;
 use havmsi_core::inject::spsr;
@@ -19,8 +19,8 @@ use havmsi_core::vm::{Run, Vm, mpidr_affinity};
 use havmsi_hal::debug::DebugState;
 use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::sysreg::{
-    cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, hpfar_el2,
-    icc_sre_el2, mdcr_el2, mdscr_el1, midr_el1, scr_el3, spsr_el2, vmpidr_el2,
+    cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, icc_sre_el2,
+    mdcr_el2, scr_el3, spsr_el2, vmpidr_el2,
 };
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State, Stage2};
@@ -31,33 +31,25 @@ use crate::cpu::{Frame, this_cpu};
 use crate::platform::MAX_CPUS;
 use crate::{exception, host, vms};
 
-/// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): stage 2 on, AArch64, virtual
-/// interrupts; ID registers, ACTLR and implementation-defined registers trap;
-/// set/way invalidation cleans too; TLB maintenance and barriers reach the
-/// inner shareable domain, for a vCPU may have moved; a stage-1 walk that hits
-/// device memory faults.
+/// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): as the host's, and virtual
+/// interrupts; ACTLR traps; TLB maintenance and barriers reach the inner
+/// shareable domain, for a vCPU may have moved.
 const HCR: u64 = {
-    const VM: u64 = 1 << 0;
-    const SWIO: u64 = 1 << 1;
-    const PTW: u64 = 1 << 2;
     const FMO: u64 = 1 << 3;
     const IMO: u64 = 1 << 4;
     const AMO: u64 = 1 << 5;
     const FB: u64 = 1 << 9;
     const BSU_IS: u64 = 1 << 10;
-    const TID3: u64 = 1 << 18;
-    const TIDCP: u64 = 1 << 20;
     const TACR: u64 = 1 << 21;
-    const RW: u64 = 1 << 31;
-    VM | SWIO | PTW | FMO | IMO | AMO | FB | BSU_IS | TID3 | TIDCP | TACR | RW
+    host::HCR | FMO | IMO | AMO | FB | BSU_IS | TACR
 };
 const HCR_TWI: u64 = 1 << 13;
 const HCR_TWE: u64 = 1 << 14;
 
 /// `MDCR_EL2`: debug registers trap, those of the OS lock and the ROM address
-/// always, the others while the vCPU's are not loaded.
+/// always (TDOSA, TDRA), the others (TDA) while the vCPU's are not loaded.
+const MDCR: u64 = host::MDCR_EL2 | 1 << 10 | 1 << 11;
 const MDCR_TDA: u64 = 1 << 9;
-const MDCR_TDOSA_TDRA: u64 = 1 << 10 | 1 << 11;
 /// `MDSCR_EL1`: MDE, KDE, SS. While none is set, breakpoints and watchpoints
 /// have no effect on EL1 and EL0 and need not be loaded.
 const MDSCR_ARMED: u64 = 1 << 15 | 1 << 13 | 1;
@@ -128,7 +120,6 @@ struct Current {
 /// What each CPU keeps of the host while a guest runs.
 struct Local {
     host: El1State,
-    host_debug: DebugState,
     current: Option<Current>,
     /// The vCPU of each VM that ran here last: its index plus 1, 0 for none.
     last: [u8; MAX_VMS],
@@ -140,14 +131,8 @@ struct Locals([UnsafeCell<Local>; MAX_CPUS]);
 unsafe impl Sync for Locals {}
 
 static LOCALS: Locals = Locals(
-    [const {
-        UnsafeCell::new(Local {
-            host: El1State::ZERO,
-            host_debug: DebugState::RESET,
-            current: None,
-            last: [0; MAX_VMS],
-        })
-    }; MAX_CPUS],
+    [const { UnsafeCell::new(Local { host: El1State::ZERO, current: None, last: [0; MAX_VMS] }) };
+        MAX_CPUS],
 );
 
 fn with_local<R>(f: impl FnOnce(&mut Local) -> R) -> R {
@@ -161,6 +146,14 @@ impl Current {
     fn context(&mut self) -> &mut Context {
         // SAFETY: see `Contexts`; `&mut self` makes it one reference at a time.
         unsafe { &mut *CONTEXTS.0[usize::from(self.run.context)].get() }
+    }
+
+    /// The CPU gets the vCPU's debug registers, its context the host's, until
+    /// the exit.
+    fn load_debug(&mut self) {
+        mdcr_el2::write(MDCR);
+        self.context().debug.swap();
+        self.debug_loaded = true;
     }
 }
 
@@ -190,11 +183,8 @@ fn enter(
     idx: u64,
     run: &Run,
 ) -> Result<(), Error> {
-    let mut words = [0; WORDS_ENTRY];
-    for (i, word) in words.iter_mut().enumerate() {
-        *word = phys::read(run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64));
-    }
-    let entry = Entry::from_words(&words);
+    let word = |i| phys::read(run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64));
+    let entry = Entry::from_words(&core::array::from_fn(word));
     let mut current =
         Current { vm, idx, run: *run, used_lrs: 0, fp_loaded: false, debug_loaded: false };
     let pending = match run.start {
@@ -202,7 +192,7 @@ fn enter(
         None => current.context().pending,
     };
     let answer = exit::answer(pending, &entry)?;
-    current.used_lrs = if run.gic == 3 {
+    current.used_lrs = if run.config.gic == 3 {
         havmsi_core::vgic::check(&entry.lr, entry.nr_lr, havmsi_hal::vgic::list_registers())?
     } else if entry.nr_lr == 0 {
         0
@@ -239,21 +229,7 @@ fn enter(
     }
 
     local.host.save();
-    let armed = context.el1.mdscr & MDSCR_ARMED != 0;
-    if armed {
-        local.host_debug.save();
-        context.debug.load();
-        havmsi_core::left_out!(DebugState => local.host_debug.load());
-    }
-    let tda = if armed { 0 } else { MDCR_TDA };
-    let mut hcr = HCR;
-    if entry.flags.has(havmsi_abi::EntryFlags::TRAP_WFI) {
-        hcr |= HCR_TWI;
-    }
-    if entry.flags.has(havmsi_abi::EntryFlags::TRAP_WFE) {
-        hcr |= HCR_TWE;
-    }
-    mdcr_el2::write(host::MDCR_EL2 | MDCR_TDOSA_TDRA | tda);
+    mdcr_el2::write(MDCR | MDCR_TDA);
     cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
     cnthctl_el2::write(CNTHCTL);
     cntvoff_el2::write(run.cntvoff);
@@ -264,20 +240,24 @@ fn enter(
     if host::world().gic.version() == 3 {
         icc_sre_el2::write(ICC_SRE);
     }
-    if run.gic == 3 {
+    if run.config.gic == 3 {
         let hcr = entry.ich_hcr & havmsi_core::vgic::HCR_ALLOWED;
         havmsi_hal::vgic::load(&context.vgic, hcr, &entry.lr, used_lrs);
     } else if host::world().gic.version() == 3 {
         havmsi_hal::vgic::close();
         havmsi_core::left_out!(CloseGic => havmsi_hal::vgic::open());
     }
+    let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
+    let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);
     world::switch_to(&context.el1, Stage2 { vttbr: run.vttbr, hcr });
     if let Some(what) = injection {
         let syndrome = context.syndrome;
         exception::inject(&mut context.frame, what, syndrome);
     }
     let frame = &raw mut context.frame;
-    current.debug_loaded = armed;
+    if context.el1.mdscr_el1 & MDSCR_ARMED != 0 && !havmsi_core::left_out!(DebugState) {
+        current.load_debug();
+    }
     let last = &mut local.last[usize::from(slot.0)];
     let vcpu = idx.to_le_bytes()[0] + 1;
     if *last != vcpu {
@@ -330,25 +310,23 @@ pub fn guest_exit(cause: Cause) {
             panic!("a guest without a vCPU");
         };
         let frame = &mut current.context().frame;
-        let next = if frame.spsr & spsr::MODE == spsr::EL2H {
+        let exit = if frame.spsr & spsr::MODE == spsr::EL2H {
             // Through EL2's vector, or interrupted on the way from there to its
             // `smc`: the exit is what EL2's registers say; an interrupt stays
             // pending.
             frame.elr = elr_el2::read();
             frame.spsr = spsr_el2::read();
-            decide(&mut current, &mut local.host_debug, esr_el2::read(), true)
+            decide(&mut current, esr_el2::read(), true)
         } else {
             match cause {
-                Cause::Synchronous => {
-                    decide(&mut current, &mut local.host_debug, esr_el3::read(), false)
-                }
-                Cause::Interrupt => Next::Host(Exit::default()),
-                Cause::SError => Next::Host(Exit { class: ExitClass::SError, ..Exit::default() }),
+                Cause::Synchronous => decide(&mut current, esr_el3::read(), false),
+                Cause::Interrupt => Some(Exit::default()),
+                Cause::SError => Some(Exit { class: ExitClass::SError, ..Exit::default() }),
             }
         };
-        match next {
-            Next::Resume => local.current = Some(current),
-            Next::Host(exit) => leave(local, &mut current, &exit),
+        match exit {
+            Some(exit) => leave(local, &mut current, &exit),
+            None => local.current = Some(current),
         }
     });
     if cause == Cause::Interrupt {
@@ -357,14 +335,9 @@ pub fn guest_exit(cause: Cause) {
     }
 }
 
-/// Where to go after an exit.
-enum Next {
-    Resume,
-    Host(Exit),
-}
-
-/// A synchronous exit with this syndrome.
-fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_el2: bool) -> Next {
+/// A synchronous exit with this syndrome: what the host gets; `None` to resume
+/// the guest.
+fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
     let privileged = current.context().frame.spsr & spsr::MODE != 0;
     let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged };
     match syndrome.ec() {
@@ -373,20 +346,17 @@ fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_
             barrier::isb();
             current.context().fp.load();
             current.fp_loaded = true;
-            return Next::Resume;
+            return None;
         }
         ec::DATA_ABORT | ec::INSTRUCTION_ABORT if through_el2 => {
-            let Some(ipa) = faulting_ipa(esr) else { return Next::Resume };
-            syndrome.ipa = ipa;
+            syndrome.ipa = exception::faulting_ipa(esr)?;
         }
         _ => {}
     }
-    let (vm, idx) = (current.vm, current.idx);
-    let action = {
-        let vm = vm.lock();
-        let bits = vm.config().ipa_bits;
-        exit::decide(&syndrome, &current.context().frame.x, bits, |ipa| vm.is_ram(ipa))
-    };
+    let (vm, idx, bits) = (current.vm, current.idx, current.run.config.ipa_bits);
+    let is_ram = |ipa| vm.lock().is_ram(ipa);
+    let action = exit::decide(&syndrome, &current.context().frame.x, bits, is_ram);
+    let debug_loaded = current.debug_loaded;
     let context = current.context();
     match action {
         Action::Exit { exit, pending, step } => {
@@ -395,105 +365,40 @@ fn decide(current: &mut Current, host_debug: &mut DebugState, esr: u64, through_
             }
             context.pending = pending;
             context.syndrome = (esr, far_el2::read());
-            return Next::Host(exit);
+            return Some(exit);
         }
         Action::Hypercall => {
             let [x0, x1, x2, x3, ..] = context.frame.x;
-            havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return Next::Resume });
+            havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return None });
             let reply = hypercall::call(&mut vm.lock(), idx, [x0, x1, x2, x3]);
             let answer = match reply {
                 Reply::Answer(answer) => answer,
                 Reply::Random { bits, wide } => hypercall::random_answer(vms::random(), bits, wide),
                 Reply::Forward => {
                     context.pending = Pending::Hypercall;
-                    return Next::Host(exit::hypercall_exit(&context.frame.x));
+                    return Some(exit::hypercall_exit(&context.frame.x));
                 }
             };
             context.frame.x[..4].copy_from_slice(&answer);
         }
-        Action::IdRead(access) => {
-            exception::id_read(&mut context.frame, access, World::Guest);
-        }
-        Action::Debug(access) => debug_access(current, host_debug, access),
-        Action::Fixed { access, value } => {
-            if access.read {
-                exit::write_register(&mut context.frame.x, access.rt, value);
-            }
-            context.frame.step();
-        }
+        Action::IdRead(access) => exception::id_read(&mut context.frame, access, World::Guest),
+        // Tried again, with the vCPU's own registers.
+        Action::Debug(_) if !debug_loaded => current.load_debug(),
+        Action::Debug(access) => context.frame.answer(access, 0),
+        Action::Fixed { access, value } => context.frame.answer(access, value),
         Action::Skip => context.frame.step(),
         Action::Inject(what) => {
             let far = if through_el2 { far_el2::read() } else { far_el3::read() };
             exception::inject(&mut context.frame, what, (esr, far));
         }
     }
-    Next::Resume
-}
-
-const MIDR_PART: u64 = 0xff00_fff0;
-const CORTEX_A57: u64 = 0x4100_d070;
-
-/// The IPA of a stage-2 abort, with the offset in its page. `None` if stage 1
-/// does not translate the address any more: then the guest tries again.
-///
-/// `HPFAR_EL2` is not valid for permission faults that are no walk's (Arm ARM
-/// D24.2 "HPFAR_EL2"), nor on Cortex-A57 for any (erratum 834220).
-fn faulting_ipa(esr: u64) -> Option<Ipa> {
-    let far = far_el2::read();
-    let unreliable =
-        esr & exit::FSC_TYPE == exit::FSC_PERMISSION || midr_el1::read() & MIDR_PART == CORTEX_A57;
-    let page = if esr & exit::S1PTW == 0 && unreliable {
-        tlb::stage1_page(far)?
-    } else {
-        // FIPA [43:4] is IPA [51:12].
-        (hpfar_el2::read() & 0x0fff_ffff_fff0) << 8
-    };
-    Some(Ipa(page | far & 0xfff))
-}
-
-/// A trapped access to a debug register: the vCPU's breakpoints live in memory
-/// until it arms them. Other registers read as zero, but for OSLSR_EL1 (the OS
-/// lock is implemented and open).
-fn debug_access(current: &mut Current, host_debug: &mut DebugState, access: SysregAccess) {
-    const MDSCR_EL1: u32 = exit::sysreg(2, 0, 0, 2, 2);
-    const OSLSR_EL1: u32 = exit::sysreg(2, 0, 1, 1, 4);
-    const OSLSR_OSLM: u64 = 1 << 3;
-    let context = current.context();
-    let (crm, op2) = access.crm_op2();
-    let is_breakpoint = access.register == exit::sysreg(2, 0, 0, u32::from(crm), u32::from(op2));
-    if access.read {
-        let value = match access.register {
-            MDSCR_EL1 => mdscr_el1::read(),
-            OSLSR_EL1 => OSLSR_OSLM,
-            _ if is_breakpoint => {
-                context.debug.register(usize::from(crm), usize::from(op2)).map_or(0, |r| *r)
-            }
-            _ => 0,
-        };
-        exit::write_register(&mut context.frame.x, access.rt, value);
-    } else {
-        let value = exit::read_register(&context.frame.x, access.rt);
-        if access.register == MDSCR_EL1 {
-            mdscr_el1::write(value);
-            if value & MDSCR_ARMED != 0 && !current.debug_loaded {
-                host_debug.save();
-                current.context().debug.load();
-                mdcr_el2::write(host::MDCR_EL2 | MDCR_TDOSA_TDRA);
-                current.debug_loaded = true;
-            }
-        } else if is_breakpoint
-            && let Some(register) = context.debug.register(usize::from(crm), usize::from(op2))
-        {
-            *register = value;
-        }
-    }
-    current.context().frame.step();
+    None
 }
 
 /// Back to the host, which gets `exit` and nothing else of the guest.
 fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
     let (gic, used, fp, debug) =
-        (current.run.gic, current.used_lrs, current.fp_loaded, current.debug_loaded);
+        (current.run.config.gic, current.used_lrs, current.fp_loaded, current.debug_loaded);
     let context = current.context();
     let vgic = if gic == 3 {
         havmsi_hal::vgic::save(&mut context.vgic, used)
@@ -512,8 +417,7 @@ fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
         havmsi_core::left_out!(FpClear => context.fp.load());
     }
     if debug {
-        context.debug.save();
-        local.host_debug.load();
+        context.debug.swap();
     }
     host::enter_again(&local.host);
     local.current = None;

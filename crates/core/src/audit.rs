@@ -276,7 +276,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
 
     /// Ranges of RAM are within the address space and apart from each other.
     fn ranges(vm: &Vm) -> Result<(), Violation> {
-        let space = Range { base: 0, size: 1 << vm.config().ipa_bits };
+        let space = Range { base: 0, size: 1 << vm.config.ipa_bits };
         let used = |range: &&Range| range.size != 0;
         let ranges = || vm.ram.iter().filter(used);
         let whole = |range: &Range| {
@@ -311,11 +311,11 @@ impl<'a, H: Hardware> Audit<'a, H> {
                 return if vm.is_ram(ipa) { Ok(()) } else { Err(form) };
             }
             let pa = entry.address();
-            if size != PAGE_SIZE || ipa.0 >> vm.config().ipa_bits != 0 {
+            if size != PAGE_SIZE || ipa.0 >> vm.config.ipa_bits != 0 {
                 return Err(form);
             }
             if entry == Entry::page(pa, Attributes::Device) {
-                let permitted = vm.config().gic == 2 && !vm.is_ram(ipa);
+                let permitted = vm.config.gic == 2 && !vm.is_ram(ipa);
                 let ram = audit.pages.ram().page_index(pa).is_some();
                 return if permitted && !ram { Ok(()) } else { Err(form) };
             }

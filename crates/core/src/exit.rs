@@ -34,6 +34,8 @@ const SAS_SHIFT: u32 = 22;
 const SSE: u64 = 1 << 21;
 const SRT_SHIFT: u32 = 16;
 const SF: u64 = 1 << 15;
+/// `FAR_EL2` is not valid.
+pub const FNV: u64 = 1 << 10;
 /// Cache maintenance.
 pub const CM: u64 = 1 << 8;
 /// Abort on a stage-1 walk.
@@ -75,6 +77,7 @@ pub const fn sysreg(op0: u32, op1: u32, crn: u32, crm: u32, op2: u32) -> u32 {
 /// System registers that the policy names.
 mod reg {
     use super::sysreg;
+    pub const OSLSR_EL1: u32 = sysreg(2, 0, 1, 1, 4);
     pub const ACTLR_EL1: u32 = sysreg(3, 0, 1, 0, 1);
     pub const ICC_SGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 5);
     pub const ICC_ASGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 6);
@@ -234,7 +237,8 @@ pub enum Action {
     Hypercall,
     /// Answer a read of an ID register, then step.
     IdRead(SysregAccess),
-    /// Emulate a debug register, then step.
+    /// Give the guest its debug registers and let it try again; of one that traps
+    /// even so, a read gives 0 and a write is ignored.
     Debug(SysregAccess),
     /// A read gives this value, a write is ignored; then step.
     Fixed {
@@ -271,6 +275,8 @@ impl Syndrome {
 /// `ICC_SRE_EL1` as a guest sees it: SRE, DFB, DIB (the system register
 /// interface, always).
 const ICC_SRE: u64 = 0b111;
+/// `OSLSR_EL1` as a guest sees it: the OS lock is implemented (OSLM) and open.
+const OSLSR: u64 = 1 << 3;
 
 /// Decides about a synchronous exit.
 ///
@@ -300,9 +306,6 @@ pub fn decide(
 
 fn decide_sysreg(s: &Syndrome, x: &[u64; 31], base: Exit) -> Action {
     let access = SysregAccess::decode(s.esr);
-    if access.op0() == 2 {
-        return Action::Debug(access);
-    }
     if access.is_id() && access.read {
         return Action::IdRead(access);
     }
@@ -322,6 +325,8 @@ fn decide_sysreg(s: &Syndrome, x: &[u64; 31], base: Exit) -> Action {
         reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 => forward(),
         reg::ICC_SRE_EL1 => Action::Fixed { access, value: ICC_SRE },
         reg::ACTLR_EL1 => Action::Fixed { access, value: 0 },
+        reg::OSLSR_EL1 => Action::Fixed { access, value: OSLSR },
+        _ if access.op0() == 2 => Action::Debug(access),
         _ => Action::Inject(Injection::Undefined),
     }
 }

@@ -101,8 +101,8 @@ pub struct Run {
     pub vttbr: u64,
     /// `CNTVOFF_EL2`.
     pub cntvoff: u64,
-    /// The model of interrupt controller: 0, 2 or 3.
-    pub gic: u64,
+    /// The VM's configuration.
+    pub config: Config,
 }
 
 /// One VM.
@@ -110,7 +110,7 @@ pub struct Vm {
     phase: Phase,
     pub(crate) slot: VmSlot,
     generation: u32,
-    config: Config,
+    pub(crate) config: Config,
     pub(crate) ram: [Range; MAX_RAM_RANGES],
     /// Around all device pages: no RAM can be declared there any more.
     devices: Range,
@@ -256,12 +256,6 @@ impl Vm {
     #[must_use]
     pub const fn cntvoff(&self) -> u64 {
         self.cntvoff
-    }
-
-    /// The configuration.
-    #[must_use]
-    pub const fn config(&self) -> &Config {
-        &self.config
     }
 
     /// Makes vCPU `idx` with the free `context`; borrows its run page.
@@ -503,7 +497,7 @@ impl Vm {
     /// not active or the vCPU off, [`Error::Busy`] if it runs.
     pub fn enter(&mut self, idx: u64) -> Result<Run, Error> {
         let phase = self.in_phase(Phase::Active);
-        let (vttbr, cntvoff, gic) = (self.map.vttbr(), self.cntvoff, self.config.gic);
+        let (vttbr, cntvoff, config) = (self.map.vttbr(), self.cntvoff, self.config);
         let vcpu = self.vcpu(idx)?;
         phase?;
         if vcpu.running && !left_out!(VcpuBusy) {
@@ -518,7 +512,7 @@ impl Vm {
         };
         vcpu.running = true;
         let run =
-            Run { context: vcpu.context, run_page: vcpu.run_page, start, vttbr, cntvoff, gic };
+            Run { context: vcpu.context, run_page: vcpu.run_page, start, vttbr, cntvoff, config };
         self.running += 1;
         Ok(run)
     }

@@ -5,92 +5,51 @@ use core::arch::asm;
 
 use crate::sysreg::id_aa64dfr0_el1;
 
-/// Kinds of registers, in the order of their `op2` from 4 on.
-const KINDS: usize = 4;
-
-/// `DBGBVR<n>`, `DBGBCR<n>`, `DBGWVR<n>`, `DBGWCR<n>`, in this order.
+/// `DBGBVR<n>`, `DBGBCR<n>`, `DBGWVR<n>`, `DBGWCR<n>` of the world that does not
+/// have them in the CPU.
 #[derive(Clone, Copy, Debug)]
 pub struct DebugState {
-    registers: [[u64; 16]; KINDS],
+    breakpoints: [[u64; 2]; 16],
+    watchpoints: [[u64; 2]; 16],
 }
 
-macro_rules! registers {
-    ($($n:literal)*) => {
-        impl DebugState {
-            /// Saves what the CPU has.
-            pub fn save(&mut self) {
-                let [bvr, bcr, wvr, wcr] = &mut self.registers;
-                let [breakpoints, _, watchpoints, _] = counts();
-                $(if $n < breakpoints {
-                    read!(bvr[$n], "dbgbvr", $n);
-                    read!(bcr[$n], "dbgbcr", $n);
-                })*
-                $(if $n < watchpoints {
-                    read!(wvr[$n], "dbgwvr", $n);
-                    read!(wcr[$n], "dbgwcr", $n);
-                })*
-            }
-
-            /// Loads what the CPU has; effective after a context synchronisation.
-            pub fn load(&self) {
-                let [bvr, bcr, wvr, wcr] = &self.registers;
-                let [breakpoints, _, watchpoints, _] = counts();
-                $(if $n < breakpoints {
-                    write!(bvr[$n], "dbgbvr", $n);
-                    write!(bcr[$n], "dbgbcr", $n);
-                })*
-                $(if $n < watchpoints {
-                    write!(wvr[$n], "dbgwvr", $n);
-                    write!(wcr[$n], "dbgwcr", $n);
-                })*
-            }
-        }
-    };
-}
-
-macro_rules! read {
-    ($value:expr, $kind:literal, $n:literal) => {
-        // SAFETY: reading this register has no side effect.
-        unsafe {
-            asm!(concat!("mrs {}, ", $kind, $n, "_el1"), out(reg) $value,
-                 options(nomem, nostack, preserves_flags));
-        }
-    };
-}
-
-macro_rules! write {
-    ($value:expr, $kind:literal, $n:literal) => {
+/// Exchanges a register and a value.
+macro_rules! swap {
+    ($kind:literal, $n:literal, $value:expr) => {
+        let old: u64;
         // SAFETY: debug exceptions are for lower exception levels only: at EL3
         // PSTATE.D masks them and MDSCR does not route here.
         unsafe {
-            asm!(concat!("msr ", $kind, $n, "_el1, {}"), in(reg) $value,
-                 options(nostack, preserves_flags));
+            asm!(concat!("mrs {old}, dbg", $kind, $n, "_el1"),
+                 concat!("msr dbg", $kind, $n, "_el1, {new}"),
+                 old = out(reg) old, new = in(reg) $value, options(nostack, preserves_flags));
         }
+        $value = old;
     };
 }
 
-registers! { 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 }
-
-/// How many of each kind the CPU has: `ID_AA64DFR0_EL1.BRPs`, `.WRPs`, plus 1.
-fn counts() -> [usize; KINDS] {
-    let features = id_aa64dfr0_el1::read();
-    let field = |shift: u32| usize::from((features >> shift).to_le_bytes()[0] & 15) + 1;
-    let (breakpoints, watchpoints) = (field(12), field(20));
-    [breakpoints, breakpoints, watchpoints, watchpoints]
+macro_rules! swap_all {
+    ($state:ident; $($n:literal)*) => {
+        let features = id_aa64dfr0_el1::read();
+        // ID_AA64DFR0_EL1.BRPs, .WRPs: how many there are, minus 1.
+        let (breakpoints, watchpoints) = ((features >> 12 & 15) + 1, (features >> 20 & 15) + 1);
+        $(if $n < breakpoints {
+            swap!("bvr", $n, $state.breakpoints[$n][0]);
+            swap!("bcr", $n, $state.breakpoints[$n][1]);
+        })*
+        $(if $n < watchpoints {
+            swap!("wvr", $n, $state.watchpoints[$n][0]);
+            swap!("wcr", $n, $state.watchpoints[$n][1]);
+        })*
+    };
 }
 
 impl DebugState {
     /// All off.
-    pub const RESET: Self = Self { registers: [[0; 16]; KINDS] };
+    pub const RESET: Self = Self { breakpoints: [[0; 2]; 16], watchpoints: [[0; 2]; 16] };
 
-    /// The register `op0 = 2, op1 = 0, CRn = 0, CRm = n, op2`, if it is one of
-    /// these and the CPU has it.
-    #[must_use]
-    pub fn register(&mut self, n: usize, op2: usize) -> Option<&mut u64> {
-        let kind = op2.checked_sub(4)?;
-        if n >= *counts().get(kind)? {
-            return None;
-        }
-        self.registers.get_mut(kind)?.get_mut(n)
+    /// Exchanges these values and the CPU's; effective after a context synchronisation.
+    pub fn swap(&mut self) {
+        swap_all! { self; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 }
     }
 }

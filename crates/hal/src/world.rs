@@ -3,103 +3,53 @@
 //! them together with their stage-2.
 
 use crate::barrier::isb;
-use crate::sysreg::{
-    actlr_el1, afsr0_el1, afsr1_el1, amair_el1, cntkctl_el1, contextidr_el1, cpacr_el1, csselr_el1,
-    elr_el1, esr_el1, far_el1, hcr_el2, mair_el1, mdscr_el1, par_el1, sctlr_el1, sp_el0, sp_el1,
-    spsr_el1, tcr_el1, tpidr_el0, tpidr_el1, tpidrro_el0, ttbr0_el1, ttbr1_el1, vbar_el1,
-    vttbr_el2,
-};
+use crate::sysreg::{self, hcr_el2, sctlr_el1, tcr_el1, vttbr_el2};
 
 /// `TCR_EL1.EPD0`, `.EPD1`: no walks.
 pub(crate) const TCR_EPD: u64 = 1 << 7 | 1 << 23;
 /// `SCTLR_EL1.M`: the MMU is on.
 pub(crate) const SCTLR_M: u64 = 1;
 /// SCTLR_EL1 at reset of a world: the RES1 bits, MMU and caches off.
-pub const SCTLR_EL1_RESET: u64 = 0x30d0_0800;
+const SCTLR_EL1_RESET: u64 = 0x30d0_0800;
 
 macro_rules! registers {
-    ($($(#[$doc:meta])* $name:ident: $register:ident,)*) => {
+    ($($name:ident),* $(,)?) => {
         /// The registers that a world keeps at EL1 and EL0, but for the general
         /// ones. Those of features that nobody is offered (pointer
         /// authentication, SVE, MPAM, ...) trap to EL3 and need no switching.
         #[derive(Clone, Copy, Debug)]
         pub struct El1State {
-            /// `SCTLR_EL1`.
-            pub sctlr: u64,
-            /// `TCR_EL1`.
-            pub tcr: u64,
-            $($(#[$doc])* pub $name: u64,)*
+            sctlr_el1: u64,
+            tcr_el1: u64,
+            $(#[doc = concat!("Its value of `", stringify!($name), "`.")] pub $name: u64,)*
         }
 
         impl El1State {
             /// Nothing yet: what a static starts as, so that it needs no place
             /// in the image.
-            pub const ZERO: Self = Self { sctlr: 0, tcr: 0, $($name: 0,)* };
+            pub const ZERO: Self = Self { sctlr_el1: 0, tcr_el1: 0, $($name: 0,)* };
 
             /// What a CPU comes up with.
-            pub const RESET: Self = Self { sctlr: SCTLR_EL1_RESET, ..Self::ZERO };
+            pub const RESET: Self = Self { sctlr_el1: SCTLR_EL1_RESET, ..Self::ZERO };
 
             /// Reads all of them.
             pub fn save(&mut self) {
-                self.sctlr = sctlr_el1::read();
-                self.tcr = tcr_el1::read();
-                $(self.$name = $register::read();)*
+                self.sctlr_el1 = sctlr_el1::read();
+                self.tcr_el1 = tcr_el1::read();
+                $(self.$name = sysreg::$name::read();)*
             }
 
             fn load_all_but_translation(&self) {
-                $($register::write(self.$name);)*
+                $(sysreg::$name::write(self.$name);)*
             }
         }
     };
 }
 
 registers! {
-    /// `ACTLR_EL1`.
-    actlr: actlr_el1,
-    /// `AFSR0_EL1`.
-    afsr0: afsr0_el1,
-    /// `AFSR1_EL1`.
-    afsr1: afsr1_el1,
-    /// `AMAIR_EL1`.
-    amair: amair_el1,
-    /// `CNTKCTL_EL1`.
-    cntkctl: cntkctl_el1,
-    /// `CONTEXTIDR_EL1`.
-    contextidr: contextidr_el1,
-    /// `CPACR_EL1`.
-    cpacr: cpacr_el1,
-    /// `CSSELR_EL1`.
-    csselr: csselr_el1,
-    /// `ELR_EL1`.
-    elr: elr_el1,
-    /// `ESR_EL1`.
-    esr: esr_el1,
-    /// `FAR_EL1`.
-    far: far_el1,
-    /// `MAIR_EL1`.
-    mair: mair_el1,
-    /// `MDSCR_EL1`.
-    mdscr: mdscr_el1,
-    /// `PAR_EL1`.
-    par: par_el1,
-    /// `SP_EL0`.
-    sp_el0: sp_el0,
-    /// `SP_EL1`.
-    sp_el1: sp_el1,
-    /// `SPSR_EL1`.
-    spsr: spsr_el1,
-    /// `TPIDR_EL0`.
-    tpidr_el0: tpidr_el0,
-    /// `TPIDR_EL1`.
-    tpidr_el1: tpidr_el1,
-    /// `TPIDRRO_EL0`.
-    tpidrro_el0: tpidrro_el0,
-    /// `TTBR0_EL1`.
-    ttbr0: ttbr0_el1,
-    /// `TTBR1_EL1`.
-    ttbr1: ttbr1_el1,
-    /// `VBAR_EL1`.
-    vbar: vbar_el1,
+    actlr_el1, afsr0_el1, afsr1_el1, amair_el1, cntkctl_el1, contextidr_el1, cpacr_el1, csselr_el1,
+    elr_el1, esr_el1, far_el1, mair_el1, mdscr_el1, par_el1, sp_el0, sp_el1, spsr_el1, tpidr_el0,
+    tpidr_el1, tpidrro_el0, ttbr0_el1, ttbr1_el1, vbar_el1,
 }
 
 /// The stage-2 of a world and how EL2 treats it.
@@ -120,14 +70,14 @@ pub struct Stage2 {
 pub fn switch_to(el1: &El1State, stage2: Stage2) {
     tcr_el1::write(TCR_EPD);
     isb();
-    sctlr_el1::write(el1.sctlr | SCTLR_M);
+    sctlr_el1::write(el1.sctlr_el1 | SCTLR_M);
     isb();
     el1.load_all_but_translation();
     vttbr_el2::write(stage2.vttbr);
     hcr_el2::write(stage2.hcr);
     isb();
-    sctlr_el1::write(el1.sctlr);
+    sctlr_el1::write(el1.sctlr_el1);
     isb();
-    tcr_el1::write(el1.tcr);
+    tcr_el1::write(el1.tcr_el1);
     isb();
 }

@@ -99,6 +99,8 @@ fn the_monitor_answers_registers_of_its_own() {
     for read in [false, true] {
         let debug = msr(sysreg(2, 0, 0, 2, 2), 3, read);
         assert_eq!(of(debug), Action::Debug(access(debug)));
+        let lock = msr(sysreg(2, 0, 1, 1, 4), 3, read);
+        assert_eq!(of(lock), Action::Fixed { access: access(lock), value: 8 });
         let sre = msr(sysreg(3, 0, 12, 12, 5), 4, read);
         assert_eq!(of(sre), Action::Fixed { access: access(sre), value: 7 });
         let actlr = msr(sysreg(3, 0, 1, 0, 1), 4, read);

@@ -194,9 +194,9 @@ fn a_bad_configuration_makes_no_vm() {
     ] {
         let mut vm = Vm::FREE;
         vm.create(SLOT, root(SLOT), config, 9).unwrap();
-        assert_eq!((*vm.config(), vm.cntvoff()), (config, 9));
+        assert_eq!((vm.config, vm.cntvoff()), (config, 9));
         assert_eq!(vm.create(SLOT, root(SLOT), CONFIG, 0), Err(Error::Busy));
-        assert_eq!((*vm.config(), vm.cntvoff()), (config, 9));
+        assert_eq!((vm.config, vm.cntvoff()), (config, 9));
     }
 }
 
@@ -558,7 +558,7 @@ fn a_vcpu_runs_on_one_cpu_at_a_time() {
         start: Some(BOOT),
         vttbr: 2 << 48 | root(SLOT).0,
         cntvoff: 7,
-        gic: 2,
+        config: CONFIG,
     };
     assert_eq!(run, expected);
     assert!(vm.running != 0);
