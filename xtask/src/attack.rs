@@ -14,10 +14,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Args as ClapArgs;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::job::Outcome;
-use crate::machine::Kind;
-use crate::{Ctx, run, setup, sh};
+use crate::machine::{self, Event, Kind, Machine};
+use crate::ui::Step;
+use crate::{Ctx, build, rows as rows_of_tests, run, setup, sh};
 use rows::{Ground, ROWS, Row, Variant};
 
 /// Options of `attack`.
@@ -140,7 +142,7 @@ fn linux_try(outcome: &Outcome, name: &str, monitor: bool) -> Try {
 }
 
 /// Both Linux machines, one after the other, with all attacks of the rows.
-fn linux(ctx: &Ctx, variants: &[&Variant], limit: Duration, tries: &mut Tries) -> Result<()> {
+fn on_linux(ctx: &Ctx, variants: &[Variant], limit: Duration, tries: &mut Tries) -> Result<()> {
     let names: Vec<&str> = variants.iter().map(|v| v.name).collect();
     let args = run::Args {
         job: "attack".to_owned(),
@@ -162,6 +164,115 @@ fn linux(ctx: &Ctx, variants: &[&Variant], limit: Duration, tries: &mut Tries) -
     Ok(())
 }
 
+// ---- Payload ----
+
+/// Results by the payload's name of the attack, and whether the monitor stopped.
+type Said = (BTreeMap<String, Try>, bool);
+
+/// A line `@attack {...}` of the payload.
+fn attack_line(line: &str) -> Option<(String, Try)> {
+    let event: Value = serde_json::from_str(line.strip_prefix("@attack ")?).ok()?;
+    let text = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
+    let result = Try {
+        result: text("result"),
+        evidence: text("detail"),
+        victim_ok: event["victim_ok"] == true,
+        new_vm_ok: event["new_vm_ok"] == true,
+    };
+    Some((text("name").trim_start_matches("attack::").to_owned(), result))
+}
+
+/// Boots the payload with these attacks; on a test monitor without a check if there is its name.
+fn boot_payload(
+    ctx: &Ctx,
+    names: &[&str],
+    leave_out: Option<&str>,
+    gic: u32,
+    limit: Duration,
+) -> Result<Said> {
+    let dir = ctx.log_dir.join(format!("payload-gic{gic}-{}", leave_out.unwrap_or("release")));
+    fs::create_dir_all(&dir)?;
+    // The payload takes words that its names begin with, on a short line.
+    let mut words: Vec<String> = names.iter().map(|n| format!("attack::{n}")).collect();
+    if words.iter().map(|w| w.len() + 1).sum::<usize>() > 200 {
+        words = vec!["attack::".to_owned()];
+    }
+    let arguments = dir.join("arguments");
+    sh::write(&arguments, format!("@args {}\n", words.join(" ")))?;
+    let monitor = match leave_out {
+        Some(_) => build::test_monitor(ctx)?,
+        None => build::monitor(ctx)?,
+    };
+    let image = build::payload(ctx)?.context("there is no payload/ in this tree")?;
+    let mut config = rows_of_tests::payload_config(image, &monitor, gic, run::Cpu::CortexA57);
+    config.initrd = Some(arguments);
+    if let Some(check) = leave_out {
+        let option = format!("name=opt/org.havmsi/leave-out,string={check}");
+        config.extra = vec!["-fw_cfg".to_owned(), option];
+    }
+    let mut machine = Machine::start(&config, &dir)?;
+    let start = Instant::now();
+    let mut said = BTreeMap::new();
+    loop {
+        if start.elapsed() > limit {
+            return Err(machine.report(&format!("time-out: {} s are over", limit.as_secs())));
+        }
+        match machine.next(Duration::from_millis(200))? {
+            Event::Line(line) => said.extend(attack_line(&line)),
+            Event::Silence if machine::epitaph(&machine.monitor_log()).is_none() => {}
+            Event::Silence => return Ok((said, true)),
+            Event::End(_) => {
+                let stopped = machine::epitaph(&machine.monitor_log()).is_some();
+                return Ok((said, stopped));
+            }
+        }
+    }
+}
+
+/// What was said of one attack.
+fn payload_try(said: &Result<Said>, name: &str, may_stop: bool) -> Try {
+    match said {
+        Ok((said, stopped)) => match said.get(name) {
+            Some(t) => t.clone(),
+            None if may_stop && *stopped => Try {
+                result: "succeeded".to_owned(),
+                evidence: "the monitor stops".to_owned(),
+                ..Try::default()
+            },
+            None if *stopped => Try::not_run("the monitor stopped"),
+            None => Try::not_run("the payload said nothing of it"),
+        },
+        Err(e) => Try::not_run(&format!("{e:#}")),
+    }
+}
+
+/// The payload once on the shipped monitor, and once on each test monitor that an attack needs.
+fn on_payload(ctx: &Ctx, variants: &[Variant], limit: Duration, tries: &mut Tries) -> Result<()> {
+    let step = Step::new("payload", Some(0));
+    // GIC version and the check left out: which attacks.
+    let mut boots: BTreeMap<(u32, Option<&str>), Vec<&Variant>> = BTreeMap::new();
+    for v in variants {
+        let Ground::Payload { leave_out, gic, .. } = v.ground else { continue };
+        for check in [None, Some(leave_out)] {
+            boots.entry((gic, check)).or_default().push(v);
+        }
+    }
+    for ((gic, leave_out), attacks) in boots {
+        step.note(leave_out.map_or("HA-VMSI", |check| check));
+        let names: Vec<&str> = attacks.iter().map(|v| v.name).collect();
+        let said = boot_payload(ctx, &names, leave_out, gic, limit);
+        for v in attacks {
+            let stops = matches!(v.ground, Ground::Payload { stops: true, .. });
+            let result = payload_try(&said, v.name, stops && leave_out.is_some());
+            let entry = tries.entry(v.name).or_default();
+            *(if leave_out.is_some() { &mut entry.0 } else { &mut entry.1 }) = result;
+        }
+        step.inc();
+    }
+    step.done();
+    Ok(())
+}
+
 // ---- Judging ----
 
 /// A row's two words, from its attacks: the control's attacks all succeed, here all are blocked,
@@ -178,7 +289,7 @@ fn judge(row: &'static Row, tries: &Tries) -> Judged {
             havmsi,
         }
     };
-    let variants: Vec<Pair> = row.variants.iter().map(pair).collect();
+    let variants: Vec<Pair> = row.variants().iter().map(pair).collect();
     let all = |is: fn(&Pair) -> bool| variants.iter().all(is);
     let (control, havmsi, reason) = if variants.is_empty() {
         ("not-run", "not-run", Some("there is no attack for this row yet".to_owned()))
@@ -231,15 +342,14 @@ pub fn execute(ctx: &Ctx, only: &[String]) -> Result<Report> {
     let rows = select(only)?;
     setup::ensure(ctx, setup::ALL)?;
     let mut tries = Tries::new();
-    let of = |ground: fn(Ground) -> bool| -> (Vec<&Variant>, Duration) {
-        let with = |r: &&&Row| r.variants.iter().any(|v| ground(v.ground));
-        let limit = rows.iter().filter(with).map(|r| r.limit).sum();
-        let all = rows.iter().flat_map(|r| r.variants);
-        (all.filter(|v| ground(v.ground)).collect(), limit)
-    };
-    let (variants, limit) = of(|g| g == Ground::Linux);
-    if !variants.is_empty() {
-        linux(ctx, &variants, limit, &mut tries)?;
+    let limit = rows.iter().map(|r| r.limit).sum();
+    let all = rows.iter().flat_map(|r| r.variants());
+    let (linux, payload): (Vec<_>, Vec<_>) = all.partition(|v| v.ground == Ground::Linux);
+    if !linux.is_empty() {
+        on_linux(ctx, &linux, limit, &mut tries)?;
+    }
+    if !payload.is_empty() {
+        on_payload(ctx, &payload, limit, &mut tries)?;
     }
     let rows: Vec<Judged> = rows.into_iter().map(|r| judge(r, &tries)).collect();
     let problems = problems(&rows);
@@ -268,7 +378,7 @@ fn table(rows: &[Judged]) -> String {
 fn list() {
     for row in &ROWS {
         println!("{} {} (at most {} s): {}", row.id, row.title, row.limit.as_secs(), command(row));
-        for v in row.variants {
+        for v in row.variants() {
             println!(
                 "    {:20} {}, control: {}; {}",
                 v.name,
@@ -331,7 +441,7 @@ mod tests {
             new_vm_ok: true,
             ..Try::default()
         };
-        ROWS[1].variants.iter().map(|v| (v.name, (t(control), t(havmsi)))).collect()
+        ROWS[1].variants().iter().map(|v| (v.name, (t(control), t(havmsi)))).collect()
     }
 
     #[test]
@@ -357,6 +467,18 @@ mod tests {
         };
         assert!(problems(&rows(2)).is_empty());
         assert_eq!(problems(&rows(3)).len(), 1);
+    }
+
+    #[test]
+    fn the_payloads_lines_are_read() {
+        let line = r#"@attack {"id":"T05","name":"attack::t05::x","result":"blocked","detail":"DENIED","victim_ok":true,"new_vm_ok":false}"#;
+        let (name, t) = attack_line(line).unwrap();
+        assert_eq!((name.as_str(), t.result.as_str()), ("t05::x", "blocked"));
+        assert_eq!((t.victim_ok, t.new_vm_ok), (true, false));
+        assert!(attack_line("@attack {").is_none() && attack_line("@test {}").is_none());
+        let stopped = Ok((BTreeMap::new(), true));
+        assert_eq!(payload_try(&stopped, "t05::x", true).result, "succeeded");
+        assert_eq!(payload_try(&stopped, "t05::x", false).result, "not-run");
     }
 
     #[test]

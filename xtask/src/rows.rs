@@ -2,7 +2,7 @@
 //! The rows of `cargo xtask test`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -313,11 +313,9 @@ fn test_count(log: &str) -> String {
     if passed == 0 { String::new() } else { format!("{passed} unit tests") }
 }
 
-fn payload(ctx: &Ctx, gic: u32, cpu: Cpu, limit: Duration) -> Result<Ended> {
-    let Some(image) = build::payload(ctx)? else {
-        return Ok(Ended::Skip("there is no payload/ in this tree".to_owned()));
-    };
-    let config = Config {
+/// The payload's machine.
+pub fn payload_config(image: PathBuf, monitor: &build::Monitor, gic: u32, cpu: Cpu) -> Config {
+    Config {
         kind: Kind::Havmsi,
         cpus: 4,
         mem_mib: 1024,
@@ -326,9 +324,16 @@ fn payload(ctx: &Ctx, gic: u32, cpu: Cpu, limit: Duration) -> Result<Ended> {
         kernel: image,
         initrd: None,
         append: String::new(),
-        monitor: Some(build::monitor(ctx)?.image),
+        monitor: Some(monitor.image.clone()),
         extra: vec![],
+    }
+}
+
+fn payload(ctx: &Ctx, gic: u32, cpu: Cpu, limit: Duration) -> Result<Ended> {
+    let Some(image) = build::payload(ctx)? else {
+        return Ok(Ended::Skip("there is no payload/ in this tree".to_owned()));
     };
+    let config = payload_config(image, &build::monitor(ctx)?, gic, cpu);
     let mut machine = Machine::start(&config, &ctx.log_dir)?;
     let mut gave = Gave::default();
     let mut done = None;

@@ -116,7 +116,7 @@ pub fn check(ctx: &Ctx) -> Result<String> {
         new_vm_ok: true,
         ..Try::default()
     };
-    let all = ROWS.iter().flat_map(|r| r.variants);
+    let all = ROWS.iter().flat_map(|r| r.variants());
     let tries: Tries = all.map(|v| (v.name, (well("succeeded"), well("blocked")))).collect();
     let wanted = text(&ROWS.iter().map(|r| judge(r, &tries)).collect::<Vec<_>>(), false);
     let file = fs::read_to_string(path(ctx)).context("docs/threats.md")?;
@@ -162,7 +162,7 @@ mod tests {
         };
         let tries: Tries = ROWS
             .iter()
-            .flat_map(|r| r.variants)
+            .flat_map(|r| r.variants())
             .map(|v| (v.name, (t("succeeded", "a: b | c"), t("blocked", "zeros; x: y"))))
             .collect();
         let rows: Vec<Judged> = ROWS.iter().map(|r| judge(r, &tries)).collect();

@@ -3,8 +3,11 @@
 
 use std::time::Duration;
 
+/// The payload's share, which is its own table.
+#[path = "../../../payload/src/attack/table.rs"]
+mod payload;
+
 /// Who attacks.
-#[expect(dead_code, reason = "guests and devices come with the payload's attacks")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attacker {
     /// The host kernel, as a module or bare-metal code at EL1.
@@ -33,13 +36,19 @@ impl Attacker {
 }
 
 /// Where an attack is made, and so what its control is.
-#[expect(dead_code, reason = "the payload's attacks come next")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ground {
     /// Linux as the host. The control is the same kernel on plain KVM.
     Linux,
-    /// The bare-metal payload as the host. The control is a monitor without this check.
-    Payload(&'static str),
+    /// The bare-metal payload as the host.
+    Payload {
+        /// The control is a monitor without this check,
+        leave_out: &'static str,
+        /// which in the control makes the monitor itself stop.
+        stops: bool,
+        /// The GIC version that it takes.
+        gic: u32,
+    },
 }
 
 impl Ground {
@@ -47,7 +56,7 @@ impl Ground {
     pub fn control(self) -> String {
         match self {
             Self::Linux => "plain KVM".to_owned(),
-            Self::Payload(check) => format!("monitor without `{check}`"),
+            Self::Payload { leave_out, .. } => format!("monitor without `{leave_out}`"),
         }
     }
 }
@@ -74,16 +83,38 @@ pub struct Row {
     pub title: &'static str,
     /// The longest that its attacks may take, machines' boots included.
     pub limit: Duration,
-    /// The attacks.
-    pub variants: &'static [Variant],
+    /// The attacks with Linux as the host.
+    linux: &'static [Variant],
+}
+
+impl Row {
+    /// All its attacks.
+    pub fn variants(&self) -> Vec<Variant> {
+        let ours = payload::TABLE.iter().filter(|a| a.id == self.id);
+        let payload = ours.map(|a| Variant {
+            name: a.name,
+            attacker: match a.id {
+                "T14" => Attacker::Device,
+                "T23" => Attacker::Guest,
+                _ => Attacker::Kernel,
+            },
+            ground: Ground::Payload {
+                leave_out: a.leave_out,
+                stops: a.stops,
+                gic: if a.gic == 2 { 2 } else { 3 },
+            },
+            what: a.what,
+        });
+        self.linux.iter().copied().chain(payload).collect()
+    }
 }
 
 const fn linux(name: &'static str, attacker: Attacker, what: &'static str) -> Variant {
     Variant { name, attacker, ground: Ground::Linux, what }
 }
 
-const fn row(id: &'static str, title: &'static str, variants: &'static [Variant]) -> Row {
-    Row { id, title, limit: Duration::from_secs(120), variants }
+const fn row(id: &'static str, title: &'static str, linux: &'static [Variant]) -> Row {
+    Row { id, title, limit: Duration::from_secs(120), linux }
 }
 
 use Attacker::{Kernel, User, Vmm};
@@ -313,9 +344,11 @@ mod tests {
         let mut names = Vec::new();
         for (i, row) in ROWS.iter().enumerate() {
             assert_eq!(row.id, format!("T{:02}", i + 1));
-            names.extend(row.variants.iter().map(|v| v.name));
+            names.extend(row.variants().iter().map(|v| v.name));
         }
         let count = names.len();
+        let payload = payload::TABLE.iter().filter(|a| names.contains(&a.name));
+        assert_eq!(payload.count(), payload::TABLE.len(), "an id that is none");
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), count);
