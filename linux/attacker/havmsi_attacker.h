@@ -104,6 +104,49 @@ struct atk_smc {
 	__u64 x[18];
 };
 
+/* A register of a device, through a mapping of our own. */
+struct atk_io {
+	__u64 pa;
+	__u64 width;		/* 1, 4 or 8 bytes */
+	__u64 write;
+	__u64 value;		/* in and out */
+};
+
+/* A device copies memory: 64 bytes to be read, 8 to be written. */
+struct atk_dma {
+	__u64 pa;
+	__u64 write;
+	__u64 data[8];		/* in: what the device holds; out: what it holds then */
+};
+
+/* A CPU that is off is turned on with code of ours, MMU off. */
+struct atk_cpu {
+	__u64 cpu;
+	__u64 pa;		/* a page that it reads, and writes the last word of */
+	__u64 marker;		/* that word */
+	__u64 status;		/* out: of PSCI CPU_ON */
+	__u64 el;		/* out: the exception level it came up at */
+	__u64 state;		/* out: 1 = it has read, 2 = written too, 3 = exception */
+	__u64 esr;		/* out: of the exception */
+	__u64 read[8];		/* out */
+};
+
+#define ATK_GENERAL	25
+#define ATK_FP		64
+
+/* Look at all exits of all guests for values that are known to be a guest's. */
+struct atk_watch {
+	__u64 start;		/* 1 = begin, 0 = end, with what was seen */
+	__u64 reg[ATK_GENERAL];	/* numbers of general registers */
+	__u64 general[ATK_GENERAL];
+	__u64 fp[ATK_FP];
+	__u64 exits;		/* out */
+	__u64 classes;		/* out: bits by exception class, bit 0 = interrupt */
+	__u64 best_general;	/* out: at best, of KVM's structure */
+	__u64 best_fp;		/* out */
+	__u64 best_live;	/* out: at best, in the CPU's registers */
+};
+
 #define ATK_SCAN	_IOWR('H', 1, struct atk_scan)
 #define ATK_MEM		_IOWR('H', 2, struct atk_mem)
 #define ATK_PAGE	_IOWR('H', 3, struct atk_page)
@@ -112,5 +155,9 @@ struct atk_smc {
 #define ATK_REGS	_IOWR('H', 6, struct atk_regs)
 #define ATK_ONE_REG	_IOWR('H', 7, struct atk_one_reg)
 #define ATK_SMC		_IOWR('H', 8, struct atk_smc)
+#define ATK_IO		_IOWR('H', 9, struct atk_io)
+#define ATK_DMA		_IOWR('H', 10, struct atk_dma)
+#define ATK_CPU		_IOWR('H', 11, struct atk_cpu)
+#define ATK_WATCH	_IOWR('H', 12, struct atk_watch)
 
 #endif

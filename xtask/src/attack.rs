@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::job::Outcome;
-use crate::machine::{self, Event, Kind, Machine};
+use crate::machine::{self, Event, Kind, Machine, comma};
 use crate::ui::Step;
 use crate::{Ctx, build, rows as rows_of_tests, run, setup, sh};
 use rows::{Ground, ROWS, Row, Variant};
@@ -146,11 +146,14 @@ fn on_linux(ctx: &Ctx, variants: &[Variant], limit: Duration, tries: &mut Tries)
     let names: Vec<&str> = variants.iter().map(|v| v.name).collect();
     let args = run::Args {
         job: "attack".to_owned(),
-        append: format!("havmsi.checks={}", names.join(",")),
+        // The control's SMMU lets PCI through, so that DMA goes where a driver says.
+        append: format!("iommu.passthrough=1 havmsi.checks={}", names.join(",")),
         ..run::Args::default()
     };
     for kind in [Kind::Control, Kind::Havmsi] {
-        let config = run::configure(ctx, &args, kind)?;
+        let mut config = run::configure(ctx, &args, kind)?;
+        config.extra = ["-machine", "iommu=smmuv3"].map(str::to_owned).to_vec();
+        config.extra.extend(["-device", "edu,dma_mask=0xffffffffff"].map(str::to_owned));
         let outcome = run::one(ctx, &config, limit);
         for v in variants {
             let result = match &outcome {
@@ -165,6 +168,9 @@ fn on_linux(ctx: &Ctx, variants: &[Variant], limit: Duration, tries: &mut Tries)
 }
 
 // ---- Payload ----
+
+/// Where the payload looks for its arguments (payload/README.md).
+const ARGUMENTS: u64 = 0x4460_0000;
 
 /// Results by the payload's name of the attack, and whether the monitor stopped.
 type Said = (BTreeMap<String, Try>, bool);
@@ -205,10 +211,11 @@ fn boot_payload(
     };
     let image = build::payload(ctx)?.context("there is no payload/ in this tree")?;
     let mut config = rows_of_tests::payload_config(image, &monitor, gic, run::Cpu::CortexA57);
-    config.initrd = Some(arguments);
+    let place = format!("loader,file={},addr={ARGUMENTS:#x},force-raw=on", comma(&arguments));
+    config.extra = vec!["-device".to_owned(), place];
     if let Some(check) = leave_out {
         let option = format!("name=opt/org.havmsi/leave-out,string={check}");
-        config.extra = vec!["-fw_cfg".to_owned(), option];
+        config.extra.extend(["-fw_cfg".to_owned(), option]);
     }
     let mut machine = Machine::start(&config, &dir)?;
     let start = Instant::now();

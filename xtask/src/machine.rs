@@ -130,7 +130,7 @@ impl Config {
 }
 
 /// QEMU's options separate by commas: one in a file name is doubled.
-fn comma(path: &Path) -> String {
+pub fn comma(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 

@@ -138,6 +138,63 @@ struct Smc {
     x: [u64; 18],
 }
 
+#[repr(C)]
+struct Io {
+    pa: u64,
+    width: u64,
+    write: u64,
+    value: u64,
+}
+
+#[repr(C)]
+struct Dma {
+    pa: u64,
+    write: u64,
+    data: [u64; 8],
+}
+
+/// What code of ours found on a CPU that it was given.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Cpu {
+    cpu: u64,
+    pa: u64,
+    marker: u64,
+    /// What PSCI `CPU_ON` answered.
+    pub status: u64,
+    /// The exception level that it came up at.
+    pub el: u64,
+    /// 1: it has read, 2: written too, 3: an exception.
+    pub state: u64,
+    /// The syndrome of that.
+    pub esr: u64,
+    /// The words that it read.
+    pub read: [u64; 8],
+}
+
+/// General registers looked for in [`Watch`].
+pub const GENERAL: usize = 25;
+
+/// What was seen at all exits of all guests.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Watch {
+    start: u64,
+    reg: [u64; GENERAL],
+    general: [u64; GENERAL],
+    fp: [u64; 64],
+    /// How many.
+    pub exits: u64,
+    /// Bits by exception class; bit 0: interrupts.
+    pub classes: u64,
+    /// General registers that are right in KVM's structure, at best.
+    pub best_general: u64,
+    /// FP words that are right there.
+    pub best_fp: u64,
+    /// FP words that are right in the CPU's own registers.
+    pub best_live: u64,
+}
+
 const WRITE: u64 = 1;
 const FRESH: u64 = 2;
 
@@ -290,6 +347,65 @@ impl Attacker {
         let mut answer = [0; 8];
         answer.copy_from_slice(&data.x[..8]);
         Ok(answer)
+    }
+
+    /// A register of a device; loads `width` bytes.
+    pub fn io_read(&self, pa: u64, width: u64) -> Result<u64> {
+        let mut data = Io { pa, width, write: 0, value: 0 };
+        self.call(9, &mut data)?;
+        Ok(data.value)
+    }
+
+    /// A register of a device; stores `width` bytes.
+    pub fn io_write(&self, pa: u64, width: u64, value: u64) -> Result<()> {
+        self.call(9, &mut Io { pa, width, write: 1, value })
+    }
+
+    /// A device reads 64 bytes. What it holds then; if it reaches nothing that may be `held`.
+    pub fn dma_read(&self, pa: u64, held: [u64; 8]) -> Result<[u64; 8]> {
+        let mut data = Dma { pa, write: 0, data: held };
+        self.call(10, &mut data)?;
+        Ok(data.data)
+    }
+
+    /// A device writes a word.
+    pub fn dma_write(&self, pa: u64, value: u64) -> Result<()> {
+        self.call(10, &mut Dma { pa, write: 1, data: [value; 8] })
+    }
+
+    /// Turns a CPU on that is off, with code that reads a page, and writes its last word.
+    pub fn cpu_on(&self, cpu: u64, pa: u64, marker: u64) -> Result<Cpu> {
+        let mut data = Cpu { cpu, pa, marker, ..Cpu::default() };
+        self.call(11, &mut data)?;
+        Ok(data)
+    }
+
+    /// Looks for these values in all exits of all guests while `f` runs.
+    pub fn watch(
+        &self,
+        general: &[(usize, u64)],
+        fp: &[u64; 64],
+        f: impl FnOnce(),
+    ) -> Result<Watch> {
+        let mut data = Watch {
+            start: 1,
+            reg: [u64::MAX; GENERAL],
+            general: [0; GENERAL],
+            fp: *fp,
+            exits: 0,
+            classes: 0,
+            best_general: 0,
+            best_fp: 0,
+            best_live: 0,
+        };
+        for (i, (register, value)) in general.iter().enumerate().take(GENERAL) {
+            (data.reg[i], data.general[i]) = (*register as u64, *value);
+        }
+        self.call(12, &mut data)?;
+        f();
+        data.start = 0;
+        self.call(12, &mut data)?;
+        Ok(data)
     }
 
     /// Whether the monitor answers.

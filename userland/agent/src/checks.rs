@@ -14,6 +14,7 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Which of the published pages of a guest serves which attack: writes must not meet.
@@ -28,7 +29,14 @@ mod target {
     pub const TWICE_SOURCE: usize = 8;
     pub const TWICE_PLACE: usize = 9;
     pub const TABLE: usize = 10;
+    pub const DMA_WRITE: usize = 11;
+    pub const FW_CFG: usize = 12;
+    pub const CPU: usize = 13;
+    pub const DMA_TABLE: usize = 14;
 }
+
+/// Registers of the SMMU of QEMU's `virt` machine.
+const SMMU: u64 = 0x0905_0000;
 
 /// How long a guest may take to notice a change that was made.
 const NOTICE: Duration = Duration::from_secs(20);
@@ -87,7 +95,23 @@ const CHECKS: [(&str, Check); 16] = [
     ("regs-write-qemu", |f| f.regs_write_qemu()),
 ];
 
-/// Attacks that only `job=attack` makes: those of `havmsi-vmm` against guests of its own.
+/// More of them, with `job=attack`.
+const MORE_CHECKS: [(&str, Check); 9] = [
+    ("regs-at-exits", |f| f.regs_at_exits()),
+    ("dma-read", |f| f.dma_read()),
+    ("dma-write", |f| f.dma_write()),
+    ("dma-table", |f| f.dma_table()),
+    ("fw-cfg-dma", |f| f.fw_cfg_dma()),
+    ("flash", |f| f.flash()),
+    ("second-uart", |f| f.second_uart()),
+    ("gic-groups", |f| f.gic_groups()),
+    ("smmu-registers", |f| f.smmu_registers()),
+];
+
+/// The last one: it takes a CPU away for a while.
+const CPU_CHECK: (&str, Check) = ("cpu-on", |f| f.cpu_on());
+
+/// With `job=attack`: those of `havmsi-vmm` against guests of its own.
 const VMM_ATTACKS: [&str; 15] = [
     "own-mapping-read",
     "own-mapping-write",
@@ -138,15 +162,16 @@ fn report(id: &str, start: Instant, outcome: Outcome, after: Option<After>) -> b
 pub fn run(params: &Params, attacker: &Attacker, guests: &[Guest]) -> Result<Vec<String>, String> {
     let mut field = Field::new(params, attacker, guests)?;
     let all = params.job == "attack";
-    let more: &[&str] = if all { &VMM_ATTACKS } else { &[] };
-    let ids = CHECKS.iter().map(|c| c.0).chain(more.iter().copied());
+    let own = || CHECKS.iter().chain(&MORE_CHECKS).chain([&CPU_CHECK]);
+    let ids = own().map(|c| c.0).take(if all { usize::MAX } else { CHECKS.len() });
+    let ids = ids.chain(VMM_ATTACKS.into_iter().filter(|_| all));
     let wanted: Vec<_> = ids.filter(|id| params.wants(id)).collect();
     let mut failed = Vec::new();
     for (i, id) in wanted.iter().enumerate() {
         out::progress("checks", i, wanted.len(), id);
         let start = Instant::now();
         let changes = field.all_changes();
-        let outcome = match CHECKS.iter().find(|c| c.0 == *id) {
+        let outcome = match own().find(|c| c.0 == *id) {
             Some((_, check)) => check(&mut field),
             None => field.own_vmm(id),
         };
@@ -722,6 +747,237 @@ impl<'a> Field<'a> {
         Ok(if change.is_some() { Exposed(text) } else { Protected(text) })
     }
 
+    /// Looks at every exit of every guest, right behind the switch.
+    fn regs_at_exits(&self) -> Outcome {
+        let seed = self.seed(0)?;
+        let fp = std::array::from_fn(|i| seed.fp(i as u64));
+        let wait = || std::thread::sleep(Duration::from_secs(2));
+        let seen = self.attacker.watch(&Self::general(seed), &fp, wait);
+        let w = seen.map_err(|e| format!("kprobe: {e}"))?;
+        if w.exits == 0 {
+            return Err("no guest has left in two seconds".to_owned());
+        }
+        let text = format!(
+            "exits of {} classes: at best {} of {} general and {} of 64 FP words in KVM's structure, {} of 64 in the \
+             CPU's FP registers, are what guest 0 holds",
+            w.classes.count_ones(),
+            w.best_general,
+            Self::general(seed).len(),
+            w.best_fp,
+            w.best_live
+        );
+        let found = w.best_general + w.best_fp + w.best_live;
+        Ok(if found > 0 { Exposed(text) } else { Protected(text) })
+    }
+
+    // ---- Devices ----
+
+    /// The edu device reaches memory of the host's: else what it doesn't reach proves nothing.
+    fn dma_works(&self) -> Result<(), String> {
+        let own = OwnPage::new(self.attacker)?;
+        let reaches = |value: u64| -> Result<bool, String> {
+            self.attacker.dma_write(own.pa, value).map_err(|e| format!("edu device: {e}"))?;
+            Ok(own.word(0) == value)
+        };
+        if reaches(0x6f77_6e20_7061_6765)? {
+            return Ok(());
+        }
+        // Linux lets no device through that has no driver: the kernel may turn its SMMU off
+        // (IHI 0070, 6.3.9: SMMU_CR0; 6.3.14: SMMU_GBPA).
+        let off = self.attacker.io_write(SMMU + 0x20, 4, 0);
+        off.and_then(|()| self.attacker.io_write(SMMU + 0x44, 4, 1 << 31))
+            .map_err(|e| format!("SMMU off: {e}"))?;
+        if reaches(0x6f77_6e20_7061_6766)? {
+            Ok(())
+        } else {
+            Err("the edu device does not reach the host's own memory".to_owned())
+        }
+    }
+
+    fn dma_read(&self) -> Outcome {
+        const HELD: [u64; 8] = [0x6865_6c64; 8];
+        self.dma_works()?;
+        let words: Vec<u64> = self.seed(0)?.words(target::READ as u64).take(8).collect();
+        let pa = self.pa(0, target::READ)?;
+        let read = self.attacker.dma_read(pa, HELD).map_err(|e| format!("edu device: {e}"))?;
+        let text = format!(
+            "the device reaches the host's memory; of the guest's page it {}",
+            if read[..] == words[..] {
+                "reads the content"
+            } else if read == HELD || read == [0; 8] {
+                "reads nothing"
+            } else {
+                "reads something else"
+            }
+        );
+        Ok(if read == HELD || read == [0; 8] { Protected(text) } else { Exposed(text) })
+    }
+
+    fn dma_write(&self) -> Outcome {
+        self.dma_works()?;
+        let pa = self.pa(self.victim(), target::DMA_WRITE)?;
+        let write = |at: u64, value: u64| self.attacker.dma_write(pa + at, value);
+        self.writes(&[("edu device", target::DMA_WRITE, &write)])
+    }
+
+    /// A device writes where tables lie.
+    fn dma_table(&self) -> Outcome {
+        const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
+        self.dma_works()?;
+        let guest = self.victim();
+        let mut texts = Vec::new();
+        let mut exposed = false;
+        let (vm, ipa) = (self.vms[guest].as_fd(), self.ipa(guest, target::DMA_TABLE)?);
+        if let Ok(old) = self.attacker.descriptor(vm, ipa) {
+            let own = OwnPage::new(self.attacker)?;
+            let seen = self.changes(guest);
+            let dma = |desc| self.attacker.dma_write(old.desc_pa, desc).map_err(|e| error_text(&e));
+            dma(old.desc & !ADDRESS | own.pa)?;
+            // Writes what it finds: nothing changes but that TLBs forget.
+            let flush = || {
+                let now = self.attacker.descriptor(vm, ipa).map_err(|e| error_text(&e))?;
+                self.attacker.set_descriptor(vm, ipa, now.desc).map_err(|e| error_text(&e))
+            };
+            flush()?;
+            let is = |c: &Corrupt| c.what == "page" && c.page == target::DMA_TABLE as u64;
+            exposed |= self.noticed(guest, seen, NOTICE, is).is_some();
+            dma(old.desc)?;
+            flush()?;
+            let sees = if exposed { "reads a page of the attacker's" } else { "sees no change" };
+            texts.push(format!("a descriptor of KVM's: guest {guest} {sees}"));
+        }
+        let pages = self.table_pages();
+        let held = [0x6865_6c64; 8];
+        let mut read = 0;
+        for pa in &pages {
+            let found = self.attacker.dma_read(*pa, held).map_err(|e| error_text(&e))?;
+            read += usize::from(found != held && found != [0; 8]);
+            self.attacker.dma_write(*pa + 4088, 0).map_err(|e| error_text(&e))?;
+        }
+        if !pages.is_empty() {
+            exposed |= read > 0;
+            texts.push(format!("monitor's pages: {} tried, {read} read", pages.len()));
+        }
+        let text = texts.join("; ");
+        Ok(if exposed { Exposed(text) } else { Protected(text) })
+    }
+
+    /// Has QEMU's configuration device copy four bytes over a guest's page.
+    fn fw_cfg_dma(&self) -> Outcome {
+        const DMA_REGISTER: u64 = 0x0902_0010;
+        const SELECT_AND_READ: u64 = 0xa;
+        let pa = self.pa(self.victim(), target::FW_CFG)?;
+        let own = OwnPage::new(self.attacker)?;
+        let write = |at: u64, _: u64| {
+            // Item 0, length, address; all big-endian.
+            own.set_word(0, (SELECT_AND_READ << 32 | 4).to_be());
+            own.set_word(1, (pa + at).to_be());
+            self.attacker.io_write(DMA_REGISTER, 8, own.pa.to_be())
+        };
+        self.writes(&[("fw_cfg", target::FW_CFG, &write)])
+    }
+
+    /// Tries a way to change a device; `Ok(true)` if the change is there.
+    fn device(what: &str, result: std::io::Result<bool>) -> Outcome {
+        Ok(match result {
+            Ok(true) => Exposed(format!("{what}: changed")),
+            Ok(false) => Protected(format!("{what}: written, without effect")),
+            Err(e) => Protected(format!("{what}: {}", error_text(&e))),
+        })
+    }
+
+    /// Programs a word of the flash: on the protected machine, the one with the monitor's image.
+    fn flash(&self) -> Outcome {
+        const WORD: u64 = 0x03ff_fff0;
+        const PROGRAM: u64 = 0x0040_0040;
+        const READ_ARRAY: u64 = 0x00ff_00ff;
+        const VALUE: u64 = 0x6861_636b;
+        let program = || {
+            self.attacker.io_write(WORD, 4, PROGRAM)?;
+            self.attacker.io_write(WORD, 4, VALUE)?;
+            self.attacker.io_write(WORD, 4, READ_ARRAY)?;
+            Ok(self.attacker.io_read(WORD, 4)? == VALUE)
+        };
+        Self::device("a word of the first flash", program())
+    }
+
+    /// The second UART, where the secure console is.
+    fn second_uart(&self) -> Outcome {
+        const UART: u64 = 0x0904_0000;
+        const ID: u64 = UART + 0xfe0;
+        let speak = || {
+            let pl011 = self.attacker.io_read(ID, 4)? & 0xff == 0x11;
+            self.attacker.io_write(UART, 4, b'!'.into())?;
+            Ok(pl011)
+        };
+        Self::device("the second UART", speak())
+    }
+
+    /// Turns an interrupt over to the secure side.
+    fn gic_groups(&self) -> Outcome {
+        // GICD_IGROUPR3, interrupt 127, which nothing on the machine uses.
+        const GROUPS: u64 = 0x0800_008c;
+        let turn = || {
+            let before = self.attacker.io_read(GROUPS, 4)?;
+            self.attacker.io_write(GROUPS, 4, before ^ 1 << 31)?;
+            let after = self.attacker.io_read(GROUPS, 4)?;
+            self.attacker.io_write(GROUPS, 4, before)?;
+            Ok(after == before ^ 1 << 31)
+        };
+        Self::device("the group of an interrupt", turn())
+    }
+
+    fn smmu_registers(&self) -> Outcome {
+        // SMMU_GBPA: what becomes of traffic while the SMMU is off (IHI 0070, 6.3.14).
+        const GBPA: u64 = SMMU + 0x44;
+        const UPDATE: u64 = 1 << 31;
+        let change = || {
+            let before = self.attacker.io_read(GBPA, 4)?;
+            self.attacker.io_write(GBPA, 4, before ^ 1 | UPDATE)?;
+            let after = self.attacker.io_read(GBPA, 4)?;
+            self.attacker.io_write(GBPA, 4, before | UPDATE)?;
+            Ok(after == before ^ 1)
+        };
+        Self::device("SMMU_GBPA", change())
+    }
+
+    // ---- CPUs ----
+
+    /// Takes a CPU from Linux and turns it on with code of the attacker's.
+    fn cpu_on(&self) -> Outcome {
+        let cpu = crate::jobs::cpus() - 1;
+        let guest = self.victim();
+        let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+        let words: Vec<u64> = self.seed(guest)?.words(target::CPU as u64).take(8).collect();
+        let pa = self.pa(guest, target::CPU)?;
+        let seen = self.changes(guest);
+        std::fs::write(&path, "0").map_err(|e| format!("CPU {cpu} off: {e}"))?;
+        let result = self.attacker.cpu_on(cpu as u64, pa, 0x6861_636b_6564_2121);
+        std::fs::write(&path, "1").map_err(|e| format!("CPU {cpu} on again: {e}"))?;
+        let found = result.map_err(|e| format!("the CPU does not end: {e}"))?;
+        let is = |c: &Corrupt| c.what == "page" && c.page == target::CPU as u64;
+        let limit = if found.state == 2 { NOTICE } else { REFUSED };
+        let changed = self.noticed(guest, seen, limit, is).is_some();
+        let read = match found.read {
+            read if read[..] == words[..] => "the guest's words",
+            read if read == [0; 8] => "zeros",
+            _ => "something else",
+        };
+        let text = format!(
+            "CPU_ON answers {}; the CPU comes up at EL{}, reads {read}, and its write {}",
+            found.status.cast_signed(),
+            found.el,
+            match found.state {
+                2 if changed => "changes the guest's page",
+                2 => "has no effect",
+                3 => "ends in an abort",
+                _ => "never comes",
+            }
+        );
+        let leak = changed || read != "zeros";
+        Ok(if leak { Exposed(text) } else { Protected(text) })
+    }
+
     /// Lets `havmsi-vmm` do a check, and takes its word.
     fn own_vmm(&self, id: &str) -> Outcome {
         let mut child = Command::new("/havmsi/vmm")
@@ -758,6 +1014,34 @@ impl<'a> Field<'a> {
         let _ = guard.join();
         let _ = child.wait();
         outcome
+    }
+}
+
+/// A page of the attacker's own.
+struct OwnPage {
+    words: Box<[AtomicU64]>,
+    first: usize,
+    /// Where it lies.
+    pa: u64,
+}
+
+impl OwnPage {
+    fn new(attacker: &Attacker) -> Result<Self, String> {
+        let words: Box<[AtomicU64]> = (1..=1024).map(AtomicU64::new).collect();
+        let start = words.as_ptr().expose_provenance() as u64;
+        let page = start.next_multiple_of(PAGE_SIZE);
+        let first = usize::try_from((page - start) / 8).map_err(|e| e.to_string())?;
+        let pa =
+            attacker.physical(std::process::id(), page).map_err(|e| format!("own page: {e}"))?;
+        Ok(Self { words, first, pa })
+    }
+
+    fn word(&self, i: usize) -> u64 {
+        self.words[self.first + i].load(Ordering::Relaxed)
+    }
+
+    fn set_word(&self, i: usize, value: u64) {
+        self.words[self.first + i].store(value, Ordering::SeqCst);
     }
 }
 

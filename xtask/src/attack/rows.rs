@@ -117,7 +117,7 @@ const fn row(id: &'static str, title: &'static str, linux: &'static [Variant]) -
     Row { id, title, limit: Duration::from_secs(120), linux }
 }
 
-use Attacker::{Kernel, User, Vmm};
+use Attacker::{Device, Kernel, User, Vmm};
 
 /// All rows.
 pub const ROWS: [Row; 28] = [
@@ -216,6 +216,11 @@ pub const ROWS: [Row; 28] = [
                 "KVM_GET_ONE_REG after a store, a load and an interrupt: values that the guest keeps in general, FP and system registers",
             ),
             linux(
+                "regs-at-exits",
+                Kernel,
+                "look at each exit of each guest, right behind the switch: KVM's structure, the CPU's FP registers",
+            ),
+            linux(
                 "regs-read-qemu",
                 Kernel,
                 "KVM's structure and KVM_GET_ONE_REG for a running QEMU's vCPUs",
@@ -283,9 +288,38 @@ pub const ROWS: [Row; 28] = [
         ],
     ),
     row("T13", "Stale translations", &[]),
-    row("T14", "Device DMA", &[]),
-    row("T15", "The SMMU, the GIC's secure side, flash and secure UART", &[]),
-    row("T16", "CPUs brought up by the host", &[]),
+    row(
+        "T14",
+        "Device DMA",
+        &[linux(
+            "fw-cfg-dma",
+            Device,
+            "QEMU's configuration device copies over a guest's page; the guest finds it changed",
+        )],
+    ),
+    row(
+        "T15",
+        "The SMMU, the GIC's secure side, flash and secure UART",
+        &[
+            linux(
+                "flash",
+                Kernel,
+                "program a word of the first flash, where the monitor's image is",
+            ),
+            linux("second-uart", Kernel, "write to the second UART, the monitor's console"),
+            linux("gic-groups", Kernel, "give an interrupt to the GIC's secure group"),
+            linux("smmu-registers", Kernel, "change what becomes of traffic when the SMMU is off"),
+        ],
+    ),
+    row(
+        "T16",
+        "CPUs brought up by the host",
+        &[linux(
+            "cpu-on",
+            Kernel,
+            "take a CPU from Linux and turn it on with code of the attacker's, MMU off; that reads and writes a guest's page",
+        )],
+    ),
     row(
         "T17",
         "Guest vCPUs brought up or run by the host",

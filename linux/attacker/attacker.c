@@ -39,7 +39,7 @@
 #define WITH_HAVMSI 0
 #endif
 
-#include "havmsi_attacker.h"
+#include "attacker.h"
 
 /* ---- Memory that may not be there --------------------------------------- */
 
@@ -571,6 +571,18 @@ static long atk_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		break;
 	case ATK_SMC:
 		ret = atk_smc(data);
+		break;
+	case ATK_IO:
+		ret = atk_io(data);
+		break;
+	case ATK_DMA:
+		ret = atk_dma(data);
+		break;
+	case ATK_CPU:
+		ret = atk_cpu(data);
+		break;
+	case ATK_WATCH:
+		ret = atk_watch(data);
 		break;
 	default:
 		ret = -ENOTTY;
