@@ -159,7 +159,7 @@ pub fn table() -> Vec<Row> {
     add(
         "attack".into(),
         420,
-        Work::Attack("T01,T02,T03,T04,T06,T07,T08,T10,T11,T12,T17,T18,T24,T28"),
+        Work::Attack("T01,T02,T03,T04,T06,T07,T08,T10,T11,T12,T14,T15,T16,T17,T18,T24,T28"),
     );
     add(
         "linux/rounds/gic3/cortex-a57".into(),
