@@ -195,6 +195,23 @@ pub fn stop_all() {
     }
 }
 
+extern "C" fn off(_: u64) -> u64 {
+    smc::call([smc::psci::CPU_OFF, 0, 0, 0, 0, 0, 0, 0])[0]
+}
+
+/// Turns CPU `cpu` off; the next job turns it on.
+pub fn turn_off(cpu: usize) -> Result<(), Failure> {
+    start(cpu, off, 0)?;
+    let end = now() + milliseconds(20_000);
+    while smc::call([smc::psci::AFFINITY_INFO_64, cpu as u64, 0, 0, 0, 0, 0, 0])[0] != 1 {
+        if now() > end {
+            return Err(Failure::new(format_args!("CPU {cpu} does not go off")));
+        }
+    }
+    forget(cpu);
+    Ok(())
+}
+
 /// CPU `cpu` was turned off: the next job turns it on.
 pub fn forget(cpu: usize) {
     JOBS[cpu].state.store(OFF, Ordering::SeqCst);

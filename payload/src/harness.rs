@@ -202,6 +202,15 @@ pub extern "C" fn main() -> ! {
             }
         }
     }
+    for attack in crate::attack::chosen(words) {
+        if list {
+            crate::attack::list(attack);
+        } else if !crate::attack::fits(attack) {
+            println!("@skip {{\"name\":\"attack::{}\"}}", attack.name);
+        } else {
+            crate::attack::run(attack);
+        }
+    }
     let (passed, failed) = (PASSED.load(Ordering::Relaxed), FAILED.load(Ordering::Relaxed));
     println!("@done {{\"passed\":{passed},\"failed\":{failed}}}");
     smc::power_off()

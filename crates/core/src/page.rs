@@ -194,7 +194,7 @@ impl<'a> Pages<'a> {
     pub fn claim(&self, pa: Pa, owner: Owner) -> Result<Page<Claimed>, Error> {
         left_out!(Ram => if self.record(pa).is_none() { return Ok(Page { pa, was: owner, state: PhantomData }) });
         let record = self.record(pa).ok_or(Error::Denied)?;
-        left_out!(Owner => return self.claim_from_anyone(pa).ok_or(Error::Denied));
+        left_out!(Owner => return self.claim_from_anyone(pa, owner).ok_or(Error::Denied));
         left_out!(ClaimOnce => return Self::claim_in_two_steps(pa, owner, record));
         match record.compare_exchange(owner.encode(), MOVING, Ordering::Acquire, Ordering::Relaxed)
         {
@@ -205,8 +205,8 @@ impl<'a> Pages<'a> {
     }
 
     #[cfg(feature = "leave-out")]
-    pub(crate) fn claim_from_anyone(&self, pa: Pa) -> Option<Page<Claimed>> {
-        let was = Owner::decode(self.record(pa)?.swap(MOVING, Ordering::Acquire))?;
+    pub(crate) fn claim_from_anyone(&self, pa: Pa, was: Owner) -> Option<Page<Claimed>> {
+        self.record(pa)?.store(MOVING, Ordering::Relaxed);
         Some(Page { pa, was, state: PhantomData })
     }
 

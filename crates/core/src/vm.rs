@@ -459,7 +459,7 @@ impl Vm {
         let mut at = first;
         for place in claimed.iter_mut().take(index(n)) {
             left_out!(EveryPage => if at != first {
-                *place = m.pages().claim_from_anyone(at);
+                *place = m.pages().claim_from_anyone(at, Owner::Host);
                 at = at.offset(PAGE_SIZE);
                 continue;
             });

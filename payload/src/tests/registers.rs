@@ -85,7 +85,7 @@ fn set_fp(seed: u64) {
 }
 
 /// The host's own FP registers.
-fn get_fp() -> [u64; 64] {
+pub(crate) fn get_fp() -> [u64; 64] {
     let mut values = [0; 64];
     // SAFETY: writes the array; this program is built without FP registers.
     unsafe {

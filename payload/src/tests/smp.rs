@@ -12,13 +12,13 @@ use crate::memory;
 use crate::smc::{AGAIN, BUSY, DENIED, INVALID, STATE, host, until_done};
 use crate::{cpu, ensure, expect, gic, guest_program, test};
 
-static HANDLE: AtomicU64 = AtomicU64::new(0);
-static PAGE: AtomicU64 = AtomicU64::new(0);
-static GO: AtomicU64 = AtomicU64::new(0);
+pub(crate) static HANDLE: AtomicU64 = AtomicU64::new(0);
+pub(crate) static PAGE: AtomicU64 = AtomicU64::new(0);
+pub(crate) static GO: AtomicU64 = AtomicU64::new(0);
 static RUNS: AtomicU64 = AtomicU64::new(0);
 
 /// Runs vCPU 0 for some milliseconds.
-extern "C" fn run_for(milliseconds: u64) -> u64 {
+pub(crate) extern "C" fn run_for(milliseconds: u64) -> u64 {
     let mut vcpu = Vcpu::new(HANDLE.load(Ordering::SeqCst), 0, PAGE.load(Ordering::SeqCst));
     gic::alarm(milliseconds);
     GO.store(1, Ordering::SeqCst);
@@ -70,7 +70,7 @@ guest_program!(
 );
 
 /// Runs vCPU 0, whose page at FREE comes and goes, until told to stop.
-extern "C" fn keep_running(_: u64) -> u64 {
+pub(crate) extern "C" fn keep_running(_: u64) -> u64 {
     let mut vcpu = Vcpu::new(HANDLE.load(Ordering::SeqCst), 0, PAGE.load(Ordering::SeqCst));
     while STOP.load(Ordering::SeqCst) == 0 {
         gic::alarm(5);
@@ -128,7 +128,7 @@ test!(unmap_while_it_runs, "T13", several_cpus);
 
 /// Loads from and stores to a page that is donated meanwhile: what is loaded
 /// after the donation is zero.
-extern "C" fn touch(page: u64) -> u64 {
+pub(crate) extern "C" fn touch(page: u64) -> u64 {
     let mut count = 0;
     while STOP.load(Ordering::SeqCst) == 0 {
         match memory::poke(page, 0x0bad_0bad_0bad_0bad) {
@@ -186,7 +186,7 @@ fn write_while_it_is_donated() -> Outcome {
 test!(write_while_it_is_donated, "T02 T11 T13", several_cpus);
 
 /// The same call with the same arguments on two CPUs.
-extern "C" fn map_many(first: u64) -> u64 {
+pub(crate) extern "C" fn map_many(first: u64) -> u64 {
     let handle = HANDLE.load(Ordering::SeqCst);
     GO.fetch_add(1, Ordering::SeqCst);
     while GO.load(Ordering::SeqCst) < 2 {}
@@ -205,7 +205,7 @@ extern "C" fn map_many(first: u64) -> u64 {
     won
 }
 
-extern "C" fn map_many_elsewhere(first: u64) -> u64 {
+pub(crate) extern "C" fn map_many_elsewhere(first: u64) -> u64 {
     let handle = PAGE.load(Ordering::SeqCst);
     HANDLE.fetch_add(0, Ordering::SeqCst);
     GO.fetch_add(1, Ordering::SeqCst);
