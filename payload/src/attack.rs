@@ -3,6 +3,7 @@
 //! by what it got alone (README.md).
 
 use core::fmt::{self, Write};
+use core::sync::atomic::Ordering;
 
 use havmsi_abi::{ExitClass, Function};
 use linkme::distributed_slice;
@@ -268,6 +269,7 @@ pub fn run(attack: &Attack) {
         u64::from(new_vm().is_ok_and(|ok| ok))
     }
     memory::restart();
+    memory::ZEROS.store(true, Ordering::Relaxed);
     gic::quiet();
     let (result, detail) = ("failed", Text::new(format_args!("")));
     let mut state = State { run: entry.run, result, detail, victim_ok: false };

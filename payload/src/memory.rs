@@ -3,7 +3,7 @@
 
 use core::arch::asm;
 use core::ptr;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use havmsi_abi::{PAGE_SIZE, layout};
 
@@ -152,12 +152,20 @@ pub fn restart() {
     NEXT.store(ARENA, Ordering::Relaxed);
 }
 
+/// Fresh pages hold zeros: where nothing is tested but what is attacked, so
+/// that a VM can also be launched if nobody wipes its tables.
+pub static ZEROS: AtomicBool = AtomicBool::new(false);
+
 /// Takes `n` contiguous pages; their content is a pattern.
 pub fn take(n: u64) -> u64 {
     let at = NEXT.fetch_add(n * PAGE_SIZE, Ordering::Relaxed);
     assert!(at + n * PAGE_SIZE <= ARENA_END, "out of pages");
     for page in 0..n {
-        fill(at + page * PAGE_SIZE, PATTERN);
+        if ZEROS.load(Ordering::Relaxed) {
+            clear(at + page * PAGE_SIZE);
+        } else {
+            fill(at + page * PAGE_SIZE, PATTERN);
+        }
     }
     at
 }

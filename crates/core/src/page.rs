@@ -219,7 +219,7 @@ impl<'a> Pages<'a> {
         if record.load(Ordering::Relaxed) != owner.encode() {
             return Err(Error::Denied);
         }
-        (0..1000).for_each(|_| core::hint::spin_loop());
+        (0..100_000).for_each(|_| core::hint::spin_loop());
         record.store(MOVING, Ordering::Relaxed);
         Ok(Page { pa, was: owner, state: PhantomData })
     }

@@ -294,17 +294,26 @@ fn config(_: &mut Victim) -> Outcome {
 }
 attack!(config, "t20::config");
 
-/// A run page that is the victim's memory: the monitor would write exits there.
-fn run_page(victim: &mut Victim) -> Outcome {
+/// A run page that is a VM's memory: the monitor would write exits there.
+fn run_page(_: &mut Victim) -> Outcome {
+    let (owner, mut reader) = Vm::launch(word_at_free(), [0x800, 0, 0, 0])?;
+    let page = owner.map(FREE)?;
+    reader.report(0x200)?;
     let vm = Vm::new(1)?;
     vm.furnish(8)?;
-    let result = vm.call(Function::VcpuCreate, &[0, victim.pages[1]]);
-    if result.is_ok() {
-        vm.boot(word_at_free(), [0; 4])?;
-        let run = host(Function::VcpuRun, &[vm.handle, 0]);
-        return victim.harmed(2, format_args!("VCPU_CREATE: {result:?}, VCPU_RUN: {run:?}"));
+    let result = vm.call(Function::VcpuCreate, &[0, page]);
+    if result.is_err() {
+        return verdict(false, format_args!("VCPU_CREATE: {result:?}"));
     }
-    verdict(false, format_args!("VCPU_CREATE: {result:?}"))
+    vm.boot(word_at_free(), [0; 4])?;
+    exit_seen(&mut reader, vm.handle)
+}
+
+/// Runs a vCPU to its first exit, a fault: whether another VM has that in its memory.
+fn exit_seen(reader: &mut Vcpu, vm: u64) -> Outcome {
+    let run = host(Function::VcpuRun, &[vm, 0]);
+    let seen = reader.report(0x200)?;
+    verdict(seen != 0, format_args!("VCPU_RUN: {run:?}; in another VM's page there is {seen:#x}"))
 }
 attack!(run_page, "t26::run_page");
 
@@ -317,10 +326,7 @@ fn lent_run_page(_: &mut Victim) -> Outcome {
         return verdict(false, format_args!("PAGE_MAP: {result:?}"));
     }
     reader.report(0x200)?;
-    // A fault: the exit's class is not 0.
-    let run = host(Function::VcpuRun, &[vcpu.vm, vcpu.idx]);
-    let seen = reader.report(0x200)?;
-    verdict(seen != 0, format_args!("VCPU_RUN: {run:?}; another VM's fresh page has {seen:#x}"))
+    exit_seen(&mut reader, vcpu.vm)
 }
 attack!(lent_run_page, "t26::lent_run_page");
 

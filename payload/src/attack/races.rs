@@ -8,26 +8,47 @@ use havmsi_abi::{EntryFlags, ExitClass, Function};
 use super::{Outcome, Victim, verdict};
 use crate::cpu::STOP;
 use crate::guest::{FREE, Vm, spin};
-use crate::memory::{fill, first_change, read, take, write};
+use crate::memory::{fill, first_change, poke, read, take, write};
 use crate::smc::{host, until_done};
-use crate::tests::smp::{
-    GO, HANDLE, PAGE, keep_running, map_many, map_many_elsewhere, reader, run_for, touch, writer,
-};
+use crate::tests::smp::{GO, HANDLE, PAGE, map_many, map_many_elsewhere, reader, run_for, writer};
 use crate::{attack, cpu, ensure, gic, guest_program};
+
+/// Times that CPU 1 went round.
+static ROUNDS: AtomicU64 = AtomicU64::new(0);
+const STALE: u64 = 0x0bad_0bad_0bad_0bad;
+
+/// Stores to a page, whether that faults or not.
+extern "C" fn store(page: u64) -> u64 {
+    while STOP.load(Ordering::SeqCst) == 0 {
+        // A fault is what should happen.
+        let _ = poke(page, STALE);
+        ROUNDS.fetch_add(1, Ordering::SeqCst);
+    }
+    0
+}
+
+/// Waits until CPU 1 went round a few times.
+fn let_it_go_on() {
+    let (from, start) = (ROUNDS.load(Ordering::SeqCst), cpu::now());
+    while ROUNDS.load(Ordering::SeqCst) - from < 5 && cpu::now() - start < cpu::milliseconds(2000) {
+    }
+}
 
 /// A CPU of the host's goes on storing to a page while it is donated.
 fn stale_host(_: &mut Victim) -> Outcome {
     let (vm, mut vcpu) = Vm::launch(reader(), [0; 4])?;
     let page = take(1);
     STOP.store(0, Ordering::SeqCst);
-    cpu::start(1, touch, page)?;
+    cpu::start(1, store, page)?;
     let mut seen = 0;
-    for round in 0..50 {
+    for round in 0..5 {
         let ipa = FREE + round * 4096;
         vcpu.expect(ExitClass::MmioRead)?;
         vcpu.complete(ipa);
         vcpu.expect(ExitClass::Fault)?;
+        let_it_go_on();
         vm.call(Function::PageMap, &[ipa, page, 4096])?;
+        let_it_go_on();
         for _ in 0..5 {
             seen |= vcpu.report(0)?;
         }
@@ -38,36 +59,6 @@ fn stale_host(_: &mut Victim) -> Outcome {
     verdict(seen != 0, format_args!("in pages that were just donated the guest reads {seen:#x}"))
 }
 attack!(stale_host, "t13::host");
-
-/// A guest goes on storing to a page that was taken from it.
-fn stale_guest(_: &mut Victim) -> Outcome {
-    let (vm, vcpu, _) = Vm::launch_two(gic::version(), writer(), [0; 4])?;
-    HANDLE.store(vm.handle, Ordering::SeqCst);
-    PAGE.store(vcpu.page, Ordering::SeqCst);
-    let page = take(1);
-    let mut changed = None;
-    for round in 0..10 {
-        STOP.store(0, Ordering::SeqCst);
-        vm.call(Function::PageMap, &[FREE, page, 4096])?;
-        cpu::start(1, keep_running, 0)?;
-        let end = cpu::now() + cpu::milliseconds(3 + round);
-        while cpu::now() < end {}
-        vm.call(Function::PageUnmap, &[FREE, 1])?;
-        fill(page, !round);
-        for _ in 0..50 {
-            changed = changed.or(first_change(page, !round));
-        }
-        STOP.store(1, Ordering::SeqCst);
-        cpu::join(1)?;
-        until_done(Function::VmReset, &[vm.handle], 100)?;
-        vm.boot(writer(), [0; 4])?;
-    }
-    verdict(
-        changed.is_some(),
-        format_args!("in a page that is the host's again, changed by the guest: {changed:x?}"),
-    )
-}
-attack!(stale_guest, "t13::guest");
 
 /// Lets CPU 1 run vCPU 0 of this VM for some milliseconds, and get into the guest.
 fn run_elsewhere(vm: &Vm, page: u64, milliseconds: u64) -> Result<(), crate::harness::Failure> {
@@ -80,6 +71,26 @@ fn run_elsewhere(vm: &Vm, page: u64, milliseconds: u64) -> Result<(), crate::har
     while cpu::now() < end {}
     Ok(())
 }
+
+/// A guest goes on storing to a page that was taken from it.
+fn stale_guest(_: &mut Victim) -> Outcome {
+    let (vm, vcpu, _) = Vm::launch_two(gic::version(), writer(), [0; 4])?;
+    let page = vm.map(FREE)?;
+    let mut changed = None;
+    run_elsewhere(&vm, vcpu.page, 300)?;
+    vm.call(Function::PageUnmap, &[FREE, 1])?;
+    fill(page, 1);
+    let end = cpu::now() + cpu::milliseconds(100);
+    while cpu::now() < end {
+        changed = changed.or(first_change(page, 1));
+    }
+    cpu::join(1)?;
+    verdict(
+        changed.is_some(),
+        format_args!("in a page that is the host's again, changed by the guest: {changed:x?}"),
+    )
+}
+attack!(stale_guest, "t13::guest");
 
 /// One vCPU on two CPUs at once.
 fn twice(_: &mut Victim) -> Outcome {
@@ -148,8 +159,8 @@ extern "C" fn change(_: u64) -> u64 {
     let at = TARGET.load(Ordering::SeqCst);
     let mut n = 0;
     while STOP.load(Ordering::SeqCst) == 0 {
-        write(at, BAD);
-        write(at, GOOD);
+        write(at, if n % 2 == 0 { BAD } else { GOOD });
+        (0..20).for_each(|_| core::hint::spin_loop());
         n += 1;
     }
     n
@@ -182,12 +193,12 @@ fn double_fetch(_: &mut Victim) -> Outcome {
         }
     }
     STOP.store(1, Ordering::SeqCst);
-    cpu::join(1)?;
-    ensure!(refused + loaded > 0, "CPU 1 changed nothing in time in {accepted} runs");
+    let changes = cpu::join(1)?;
+    ensure!(refused + loaded > 0, "{changes} changes, but none in time for {accepted} runs");
     verdict(
         loaded != 0,
         format_args!(
-            "{accepted} runs accepted, {refused} refused, {loaded} loaded what is refused"
+            "{accepted} runs accepted, {refused} refused, {loaded} loaded what is refused, {changes} changes"
         ),
     )
 }

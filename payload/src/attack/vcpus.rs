@@ -216,6 +216,8 @@ fn link(_: &mut Victim) -> Outcome {
     vcpu.complete(0);
     let result = vcpu.run_once();
     if result.is_ok() {
+        // It was acknowledged; now it is ended.
+        vcpu.list(&[vcpu.vgic.lr[0]]);
         vcpu.run()?;
     }
     let active = peek32(frame + SET_ACTIVE)? >> OTHER & 1;
@@ -320,7 +322,8 @@ attack!(counter, "t28::offset");
 
 /// The same on another CPU, to which the vCPU moves.
 fn counter_elsewhere(_: &mut Victim) -> Outcome {
-    let (_, mut vcpu) = Vm::launch(clock(), [0; 4])?;
+    let (vm, mut vcpu) = Vm::launch(clock(), [0; 4])?;
+    host(Function::TimerLoad, &[vm.handle])?;
     let first = vcpu.report(0x200)?;
     extern "C" fn run(vcpu: u64) -> u64 {
         let at = usize::try_from(vcpu).unwrap_or(0);

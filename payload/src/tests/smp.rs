@@ -70,7 +70,7 @@ guest_program!(
 );
 
 /// Runs vCPU 0, whose page at FREE comes and goes, until told to stop.
-pub(crate) extern "C" fn keep_running(_: u64) -> u64 {
+extern "C" fn keep_running(_: u64) -> u64 {
     let mut vcpu = Vcpu::new(HANDLE.load(Ordering::SeqCst), 0, PAGE.load(Ordering::SeqCst));
     while STOP.load(Ordering::SeqCst) == 0 {
         gic::alarm(5);
@@ -128,7 +128,7 @@ test!(unmap_while_it_runs, "T13", several_cpus);
 
 /// Loads from and stores to a page that is donated meanwhile: what is loaded
 /// after the donation is zero.
-pub(crate) extern "C" fn touch(page: u64) -> u64 {
+extern "C" fn touch(page: u64) -> u64 {
     let mut count = 0;
     while STOP.load(Ordering::SeqCst) == 0 {
         match memory::poke(page, 0x0bad_0bad_0bad_0bad) {
