@@ -271,8 +271,10 @@ fn enter(
     Ok(())
 }
 
+/// Reads the run page once more, after a while in which it can change.
 #[cfg(feature = "leave-out")]
 fn entry_again(run: &Run) -> Entry {
+    (0..20_000).for_each(|_| core::hint::spin_loop());
     let at = |i: usize| run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64);
     Entry::from_words(&core::array::from_fn(|i| phys::read(at(i))))
 }

@@ -180,7 +180,7 @@ fn double_fetch(_: &mut Victim) -> Outcome {
     let start = cpu::now();
     let over = |ms| cpu::now() - start > cpu::milliseconds(ms);
     let mut flags = EntryFlags::COMPLETE;
-    while loaded == 0 && !(over(1000) && accepted > 0 && refused > 0) && !over(10_000) {
+    while loaded == 0 && !(over(1500) && accepted > 0 && refused > 0) && !over(10_000) {
         write(vcpu.page, flags);
         match host(Function::VcpuRun, &[vcpu.vm, 0]) {
             Ok([class, ..]) => {
