@@ -5,7 +5,8 @@ use havmsi_abi::{Error, Function, MAX_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION}
 use havmsi_core::guest_map::MapError;
 use havmsi_core::launch::{Boot, Config};
 use havmsi_core::vm::{Machine, Vm};
-use havmsi_hal::sysreg::{cntpct_el0, cntvoff_el2, ich_vtr_el2};
+use havmsi_hal::sysreg::{cntpct_el0, cntvoff_el2};
+use havmsi_hal::vgic;
 
 use crate::host::{self, World};
 use crate::{log, platform, run, vms};
@@ -55,11 +56,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
     let done = [0; 5];
     match function {
         Function::Version => Ok([VERSION, 0, 0, 0, 0]),
-        Function::CpuInfo => {
-            let version = world.gic.version();
-            let vtr = if version == 3 { ich_vtr_el2::read() } else { 0 };
-            Ok([vtr, version, MAX_IPA_BITS, 0, 0])
-        }
+        Function::CpuInfo => Ok([vgic::vtr(&world.gic), world.gic.version(), MAX_IPA_BITS, 0, 0]),
         Function::HostReset => {
             for (_, vm) in vms::all() {
                 let mut vm = vm.lock();

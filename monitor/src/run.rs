@@ -15,6 +15,7 @@ use havmsi_core::idreg::World;
 use havmsi_core::inject::spsr;
 use havmsi_core::launch::Boot;
 use havmsi_core::page::VmSlot;
+use havmsi_core::vgic as policy;
 use havmsi_core::vm::{Run, Vm, mpidr_affinity};
 use havmsi_hal::debug::DebugState;
 use havmsi_hal::fpsimd::FpState;
@@ -24,7 +25,7 @@ use havmsi_hal::sysreg::{
 };
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State, Stage2};
-use havmsi_hal::{barrier, phys, tlb};
+use havmsi_hal::{barrier, phys, tlb, vgic};
 use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
@@ -171,7 +172,7 @@ pub fn run(handle: u64, idx: u64) -> Result<(), Error> {
     };
     let result = with_local(|local| enter(local, slot, vm, idx, &run));
     if result.is_err() {
-        vm.lock().leave(idx);
+        vm.lock().leave(idx, 0);
     }
     result
 }
@@ -192,20 +193,17 @@ fn enter(
         None => current.context().pending,
     };
     let answer = exit::answer(pending, &entry)?;
-    current.used_lrs = if run.config.gic == 3 {
-        havmsi_core::vgic::check(&entry.lr, entry.nr_lr, havmsi_hal::vgic::list_registers())?
-    } else if entry.nr_lr == 0 {
-        0
-    } else {
-        return Err(Error::Invalid);
-    };
+    let gic = &host::world().gic;
+    let implemented = if run.config.gic == 0 { 0 } else { vgic::list_registers(gic) };
+    let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
+    current.used_lrs = used_lrs;
+    vm.lock().take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
 
     #[cfg(feature = "leave-out")]
     let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(run) } else { entry };
     #[cfg(feature = "leave-out")]
     let cntvoff = cntvoff_el2::read();
     // Accepted: from here on things change.
-    let used_lrs = current.used_lrs;
     let context = current.context();
     context.pending = Pending::Nothing;
     if let Some(boot) = &run.start {
@@ -237,15 +235,14 @@ fn enter(
     vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
     unsafe { scr_el3::write(host::SCR_GUEST) };
-    if host::world().gic.version() == 3 {
+    if gic.version() == 3 {
         icc_sre_el2::write(ICC_SRE);
     }
-    if run.config.gic == 3 {
-        let hcr = entry.ich_hcr & havmsi_core::vgic::HCR_ALLOWED;
-        havmsi_hal::vgic::load(&context.vgic, hcr, &entry.lr, used_lrs);
-    } else if host::world().gic.version() == 3 {
-        havmsi_hal::vgic::close();
-        havmsi_core::left_out!(CloseGic => havmsi_hal::vgic::open());
+    if run.config.gic != 0 {
+        let hcr = entry.ich_hcr & policy::HCR_ALLOWED;
+        vgic::load(gic, &context.vgic, hcr, &entry.lr, used_lrs);
+    } else if !havmsi_core::left_out!(CloseGic) {
+        vgic::close(gic);
     }
     let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
     let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);
@@ -341,7 +338,7 @@ pub fn guest_exit(cause: Cause) {
 /// the guest.
 fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
     let privileged = current.context().frame.spsr & spsr::MODE != 0;
-    let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged };
+    let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged, idx: current.idx };
     match syndrome.ec() {
         ec::FP if !through_el2 && !current.fp_loaded => {
             cptr_el3::write(host::CPTR_EL3);
@@ -355,9 +352,10 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         }
         _ => {}
     }
-    let (vm, idx, bits) = (current.vm, current.idx, current.run.config.ipa_bits);
+    let (vm, idx) = (current.vm, current.idx);
     let is_ram = |ipa| vm.lock().is_ram(ipa);
-    let action = exit::decide(&syndrome, &current.context().frame.x, bits, is_ram);
+    let config = current.run.config;
+    let action = exit::decide(&syndrome, &current.context().frame.x, &config, is_ram);
     let debug_loaded = current.debug_loaded;
     let context = current.context();
     match action {
@@ -367,6 +365,12 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
             }
             context.pending = pending;
             context.syndrome = (esr, far_el2::read());
+            return Some(exit);
+        }
+        Action::Sgi(exit, sgi) => {
+            vm.lock().send_sgi(sgi);
+            context.frame.step();
+            context.pending = Pending::Sgi;
             return Some(exit);
         }
         Action::Hypercall => {
@@ -399,17 +403,9 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
 
 /// Back to the host, which gets `exit` and nothing else of the guest.
 fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
-    let (gic, used, fp, debug) =
-        (current.run.config.gic, current.used_lrs, current.fp_loaded, current.debug_loaded);
+    let (used, fp, debug) = (current.used_lrs, current.fp_loaded, current.debug_loaded);
     let context = current.context();
-    let vgic = if gic == 3 {
-        havmsi_hal::vgic::save(&mut context.vgic, used)
-    } else {
-        if host::world().gic.version() == 3 {
-            havmsi_hal::vgic::open();
-        }
-        havmsi_abi::VgicExit::default()
-    };
+    let vgic = vgic::save(&host::world().gic, &mut context.vgic, used);
     context.el1.save();
     cptr_el3::write(host::CPTR_EL3);
     if fp {
@@ -426,7 +422,8 @@ fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
     for (i, word) in havmsi_abi::exit_words(exit, &vgic).into_iter().enumerate() {
         phys::write(current.run.run_page.offset((EXIT_OFFSET + 8 * i) as u64), word);
     }
-    current.vm.lock().leave(current.idx);
+    let undelivered = policy::pending_sgis(&vgic.lr, current.used_lrs);
+    current.vm.lock().leave(current.idx, undelivered);
     let cpu = this_cpu();
     cpu.resume_host_next();
     cpu.with_host(|frame| frame.x[..4].copy_from_slice(&[0, exit.class as u64, 0, 0]));

@@ -292,14 +292,8 @@ impl Vcpu {
         self.exit.gpr = core::array::from_fn(|i| self.word(3 + i));
         self.exit.data = self.word(7);
         self.exit.mode = self.word(8);
-        self.vgic = VgicExit {
-            hcr: self.word(9),
-            vmcr: self.word(10),
-            misr: self.word(11),
-            eisr: self.word(12),
-            elrsr: self.word(13),
-            lr: core::array::from_fn(|i| self.word(14 + i)),
-        };
+        self.vgic =
+            VgicExit { vmcr: self.word(9), lr: core::array::from_fn(|i| self.word(10 + i)) };
     }
 
     /// One VCPU_RUN with the entry as it is.

@@ -12,6 +12,7 @@ mod psci;
 pub(crate) mod registers;
 pub(crate) mod smp;
 mod stress;
+mod time;
 mod translation;
 pub(crate) mod vgic;
 mod vm;

@@ -63,7 +63,7 @@ pub fn write(out: &mut impl Write) -> Result {
     )?;
     writeln!(
         out,
-        "\nstruct havmsi_run_exit {{\n\t__u64 class;\n\t__u64 esr;\n\t__u64 ipa;\n\t__u64 gpr[4];\n\t__u64 data;\n\t__u64 mode;\n\t__u64 ich_hcr;\n\t__u64 ich_vmcr;\n\t__u64 ich_misr;\n\t__u64 ich_eisr;\n\t__u64 ich_elrsr;\n\t__u64 lr[{MAX_LRS}];\n}};"
+        "\nstruct havmsi_run_exit {{\n\t__u64 class;\n\t__u64 esr;\n\t__u64 ipa;\n\t__u64 gpr[4];\n\t__u64 data;\n\t__u64 mode;\n\t__u64 vmcr;\n\t__u64 lr[{MAX_LRS}];\n}};"
     )?;
     writeln!(
         out,

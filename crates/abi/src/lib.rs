@@ -76,7 +76,7 @@ macro_rules! functions {
 functions! {
     /// `-> version, features`
     Version = 0,
-    /// `-> ICH_VTR_EL2, GIC version, largest IPA bits`
+    /// `-> ICH_VTR_EL2 or GICH_VTR, GIC version, largest IPA bits`
     CpuInfo = 1,
     /// Destroys every VM; [`Status::Again`] until done.
     HostReset = 2,

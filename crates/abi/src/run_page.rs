@@ -11,7 +11,7 @@ pub const EXIT_OFFSET: usize = 0x800;
 /// 64-bit words of the entry half.
 pub const WORDS_ENTRY: usize = 8 + MAX_LRS;
 /// 64-bit words of the exit half.
-pub const WORDS_EXIT: usize = 14 + MAX_LRS;
+pub const WORDS_EXIT: usize = 10 + MAX_LRS;
 
 /// Bits of [`Entry::flags`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -49,11 +49,12 @@ pub struct Entry {
     pub gpr: [u64; 4],
     /// Result of an MMIO or system register read.
     pub data: u64,
-    /// `ICH_HCR_EL2` (GICv3; 0 otherwise).
+    /// `ICH_HCR_EL2` or `GICH_HCR`.
     pub ich_hcr: u64,
-    /// List registers in use (GICv3; 0 otherwise).
+    /// List registers in use.
     pub nr_lr: u64,
-    /// `ICH_LR<n>_EL2`.
+    /// `ICH_LR<n>_EL2`; for a GICv2 in the same format, with the sender of an SGI
+    /// in bits 12 to 10.
     pub lr: [u64; MAX_LRS],
 }
 
@@ -109,20 +110,14 @@ pub struct Exit {
     pub mode: u64,
 }
 
-/// The GICv3 virtual CPU interface after a run; 0 on GICv2.
+/// The virtual CPU interface after a run: what tells the host which interrupts
+/// are pending or active still, and which the guest would take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct VgicExit {
-    /// `ICH_HCR_EL2` (for EOIcount).
-    pub hcr: u64,
-    /// `ICH_VMCR_EL2`.
+    /// `ICH_VMCR_EL2` or `GICH_VMCR`.
     pub vmcr: u64,
-    /// `ICH_MISR_EL2`.
-    pub misr: u64,
-    /// `ICH_EISR_EL2`.
-    pub eisr: u64,
-    /// `ICH_ELRSR_EL2`.
-    pub elrsr: u64,
-    /// `ICH_LR<n>_EL2`.
+    /// The list registers that were in use: state and virtual INTID. The rest
+    /// is as it was, or 0.
     pub lr: [u64; MAX_LRS],
 }
 
@@ -134,7 +129,7 @@ pub fn exit_words(exit: &Exit, vgic: &VgicExit) -> [u64; WORDS_EXIT] {
         .into_iter()
         .chain(exit.gpr)
         .chain([exit.data, exit.mode])
-        .chain([vgic.hcr, vgic.vmcr, vgic.misr, vgic.eisr, vgic.elrsr])
+        .chain([vgic.vmcr])
         .chain(vgic.lr);
     for (word, value) in words.iter_mut().zip(values) {
         *word = value;
@@ -163,12 +158,12 @@ mod tests {
     fn exit_words_follow_the_documented_offsets() {
         let exit =
             Exit { class: ExitClass::Wfx, esr: 1, ipa: 2, gpr: [3, 4, 5, 6], data: 7, mode: 8 };
-        let vgic = VgicExit { hcr: 9, vmcr: 10, misr: 11, eisr: 12, elrsr: 13, lr: [14; MAX_LRS] };
+        let vgic = VgicExit { vmcr: 9, lr: [10; MAX_LRS] };
         let words = exit_words(&exit, &vgic);
         assert_eq!(words[0], 6);
-        for (i, word) in words.iter().enumerate().take(14).skip(1) {
+        for (i, word) in words.iter().enumerate().take(10).skip(1) {
             assert_eq!(*word, i as u64);
         }
-        assert!(words[14..].iter().all(|w| *w == 14));
+        assert!(words[10..].iter().all(|w| *w == 10));
     }
 }

@@ -6,6 +6,8 @@
 use havmsi_abi::{Entry, EntryFlags, Error, Exit, ExitClass};
 
 use crate::addr::Ipa;
+use crate::launch::Config;
+use crate::vgic::Sgi;
 
 /// Exception classes of `ESR_ELx.EC` (Arm ARM D19.2 "ESR_EL2").
 pub mod ec {
@@ -56,6 +58,10 @@ const MMIO_ESR: u64 = 0x3f << EC_SHIFT | IL | ISV | 0b11 << SAS_SHIFT | SSE | SF
 /// The same for a system register access: all but the register's number.
 const SYSREG_ESR: u64 = 0xffff_ffff & !(31 << 5);
 const WFX_IS_WFE: u64 = 1;
+/// Where a GICv2's guest sends SGIs: the offset of GICD_SGIR in the distributor,
+/// which lies at a 4 KiB boundary that only the host knows. A store there to
+/// another device passes for one too.
+const GICD_SGIR: u64 = 0xf00;
 
 /// A trapped system register access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -210,6 +216,8 @@ pub enum Pending {
     SysregWrite,
     /// A hypercall's results.
     Hypercall,
+    /// That an SGI is sent: the guest does not wait for it.
+    Sgi,
 }
 
 /// An exception that the guest takes.
@@ -233,6 +241,9 @@ pub enum Action {
         /// Step over the instruction now.
         step: bool,
     },
+    /// Note who may get the SGI, then step and report it to the host
+    /// ([`Pending::Sgi`]): tried again, it would count twice.
+    Sgi(Exit, Sgi),
     /// HVC or SMC: see [`crate::vm`].
     Hypercall,
     /// Answer a read of an ID register, then step.
@@ -262,6 +273,8 @@ pub struct Syndrome {
     pub ipa: Ipa,
     /// The guest was at EL1 (not EL0).
     pub privileged: bool,
+    /// The vCPU.
+    pub idx: u64,
 }
 
 impl Syndrome {
@@ -281,12 +294,12 @@ const OSLSR: u64 = 1 << 3;
 /// Decides about a synchronous exit.
 ///
 /// `x` are the guest's general registers, `is_ram` says whether the page at an
-/// IPA is declared RAM, `ipa_bits` is the size of the guest's address space.
+/// IPA is declared RAM.
 #[must_use]
 pub fn decide(
     s: &Syndrome,
     x: &[u64; 31],
-    ipa_bits: u64,
+    config: &Config,
     is_ram: impl FnOnce(Ipa) -> bool,
 ) -> Action {
     let base = Exit { mode: u64::from(s.privileged), ..Exit::default() };
@@ -297,32 +310,34 @@ pub fn decide(
             Action::Exit { exit, pending: Pending::Nothing, step: true }
         }
         ec::HVC64 | ec::SMC64 if s.privileged => Action::Hypercall,
-        ec::SYSREG => decide_sysreg(s, x, base),
-        ec::DATA_ABORT | ec::INSTRUCTION_ABORT => decide_abort(s, x, ipa_bits, is_ram, base),
+        ec::SYSREG => decide_sysreg(s, x, config, base),
+        ec::DATA_ABORT | ec::INSTRUCTION_ABORT => decide_abort(s, x, config, is_ram, base),
         // A feature that the guest was not offered.
         _ => Action::Inject(Injection::Undefined),
     }
 }
 
-fn decide_sysreg(s: &Syndrome, x: &[u64; 31], base: Exit) -> Action {
+fn decide_sysreg(s: &Syndrome, x: &[u64; 31], config: &Config, base: Exit) -> Action {
     let access = SysregAccess::decode(s.esr);
     if access.is_id() && access.read {
         return Action::IdRead(access);
     }
-    let forward = || {
-        let esr = s.esr & SYSREG_ESR;
-        if access.read {
+    let esr = s.esr & SYSREG_ESR;
+    let data = read_register(x, access.rt);
+    let write = Exit { class: ExitClass::SysregWrite, esr, data, ..base };
+    match access.register {
+        reg::ICC_SGI1R_EL1 | reg::ICC_ASGI1R_EL1 | reg::ICC_SGI0R_EL1
+            if !access.read && config.gic == 3 =>
+        {
+            Action::Sgi(write, Sgi::by_register(s.idx, data))
+        }
+        reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 if access.read => {
             let exit = Exit { class: ExitClass::SysregRead, esr, ..base };
             Action::Exit { exit, pending: Pending::SysregRead { rt: access.rt }, step: false }
-        } else {
-            let data = read_register(x, access.rt);
-            let exit = Exit { class: ExitClass::SysregWrite, esr, data, ..base };
-            Action::Exit { exit, pending: Pending::SysregWrite, step: false }
         }
-    };
-    match access.register {
-        reg::ICC_SGI1R_EL1 | reg::ICC_ASGI1R_EL1 | reg::ICC_SGI0R_EL1 if !access.read => forward(),
-        reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 => forward(),
+        reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 => {
+            Action::Exit { exit: write, pending: Pending::SysregWrite, step: false }
+        }
         reg::ICC_SRE_EL1 => Action::Fixed { access, value: ICC_SRE },
         reg::ACTLR_EL1 => Action::Fixed { access, value: 0 },
         reg::OSLSR_EL1 => Action::Fixed { access, value: OSLSR },
@@ -334,14 +349,14 @@ fn decide_sysreg(s: &Syndrome, x: &[u64; 31], base: Exit) -> Action {
 fn decide_abort(
     s: &Syndrome,
     x: &[u64; 31],
-    ipa_bits: u64,
+    config: &Config,
     is_ram: impl FnOnce(Ipa) -> bool,
     base: Exit,
 ) -> Action {
     let fetch = s.ec() == ec::INSTRUCTION_ABORT;
     let abort = Action::Inject(Injection::ExternalAbort);
     let stage2 = matches!(s.esr & FSC_TYPE, FSC_TRANSLATION | FSC_PERMISSION | FSC_ACCESS_FLAG);
-    if !stage2 || s.ipa.0 >> ipa_bits != 0 {
+    if !stage2 || s.ipa.0 >> config.ipa_bits != 0 {
         return abort;
     }
     if is_ram(s.ipa.page()) && !left_out!(RamFault) {
@@ -371,6 +386,9 @@ fn decide_abort(
     if access.write {
         let data = access.stored(read_register(x, access.rt));
         let exit = Exit { class: ExitClass::MmioWrite, data, ..exit };
+        if config.gic == 2 && access.size == 4 && s.ipa.0 & 0xfff == GICD_SGIR {
+            return Action::Sgi(exit, Sgi::by_distributor(s.idx, data));
+        }
         Action::Exit { exit, pending: Pending::Store, step: false }
     } else {
         let exit = Exit { class: ExitClass::MmioRead, ..exit };
@@ -430,6 +448,7 @@ pub fn answer(pending: Pending, entry: &Entry) -> Result<Answer, Error> {
         (EntryFlags::COMPLETE, Pending::Store | Pending::SysregWrite) => {
             Ok(Answer::Set { rt: 31, value: 0 })
         }
+        (EntryFlags::COMPLETE, Pending::Sgi) => Ok(Answer::Nothing),
         (EntryFlags::COMPLETE, Pending::Hypercall) => Ok(Answer::Results(entry.gpr)),
         (EntryFlags::INJECT_SEA, Pending::Load(_) | Pending::Store) => Ok(Answer::Inject(abort)),
         (EntryFlags::INJECT_UNDEF, Pending::SysregRead { .. } | Pending::SysregWrite) => {

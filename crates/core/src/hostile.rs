@@ -232,7 +232,7 @@ impl<'a> World<'a> {
                 if let Some(at) = self.running.iter().position(|r| *r == (n, idx)) {
                     self.running.swap_remove(at);
                     m.hw.unload(vttbr);
-                    vm.leave(idx);
+                    vm.leave(idx, 0);
                 }
                 Ok(())
             }

@@ -96,8 +96,10 @@ checks! {
     Inject,
     /// any number of list registers
     LrCount,
-    /// list registers link to any physical interrupt
+    /// list registers hold any interrupt, linked to any physical one
     LrLink,
+    /// SGIs come without being sent
+    SgiSent,
     /// a VM without interrupt controller finds the last one's state
     CloseGic,
     /// FP registers stay as the guest left them

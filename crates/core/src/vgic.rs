@@ -1,63 +1,146 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the host may put into the GICv3 virtual CPU interface (GIC
-//! architecture specification, IHI 0069, chapter 12).
+//! What the host may put into a virtual CPU interface: list registers as GICv3
+//! has them (IHI 0069H, 12.4 "ICH_LR<n>_EL2"), for a GICv2 too, and SGIs only as
+//! often as the VM's vCPUs sent them. `docs/abi.md` has the table.
 
 use havmsi_abi::{Error, MAX_LRS};
 
-/// The only physical interrupt that a list register may name: the EL1 virtual
-/// timer's PPI, which is the guest's own (BSA, DEN 0094, PPI assignments).
-pub const VIRTUAL_TIMER_INTID: u64 = 27;
+/// The only physical interrupt that a list register may name, and the virtual
+/// one that it stands for: the EL1 virtual timer's PPI, which is the guest's
+/// own (BSA, DEN 0094, PPI assignments).
+const TIMER: u64 = 27;
 
-const LR_HW: u64 = 1 << 61;
-const LR_PINTID_SHIFT: u32 = 32;
-const LR_PINTID_MASK: u64 = 0x3ff;
+/// `ICH_HCR_EL2` and `GICH_HCR` bits that the host sets: En and UIE. What KVM
+/// does not use stays 0, above all the traps: the guest owns its CPU interface.
+pub const HCR_ALLOWED: u64 = 0b11;
 
-/// `ICH_HCR_EL2` bits that the host sets: En, UIE, LRENPIE, NPIE, VGrp0EIE,
-/// VGrp0DIE, VGrp1EIE, VGrp1DIE. The trap bits stay 0: the guest owns its CPU
-/// interface.
-pub const HCR_ALLOWED: u64 = 0xff;
+/// Pending, active: both at once is for interrupts without HW.
+const PENDING: u64 = 1 << 62;
+const STATE: u64 = 0b11 << 62;
+const GROUP: u64 = 1 << 60;
+const PRIORITY: u64 = 0xff << 48;
+/// Without HW: maintenance interrupt at its end.
+const EOI: u64 = 1 << 41;
+/// HW, physical and virtual INTID of the timer.
+const TIMER_LINK: u64 = 1 << 61 | TIMER << 32 | TIMER;
+/// The sender that a GICv2's guest reads with an SGI.
+const SOURCE: u64 = 7 << 10;
+/// SGIs below 16, PPIs and SPIs up to 1019; no LPIs or extended ranges.
+const INTID: u64 = 0x3ff;
+const FIRST_PPI: u64 = 16;
+const FIRST_SPECIAL: u64 = 1020;
 
-/// Checks the list registers of an entry.
+/// Whether a guest may find this in a list register.
+const fn allowed(gic: u64, lr: u64) -> bool {
+    let id = lr & INTID;
+    let source = if gic == 2 && id < FIRST_PPI { SOURCE } else { 0 };
+    let plain = STATE | GROUP | PRIORITY | EOI | source | INTID;
+    let linked = lr & !(STATE | GROUP | PRIORITY) == TIMER_LINK && lr & STATE != STATE;
+    linked || lr & !plain == 0 && id < FIRST_SPECIAL
+}
+
+/// Checks the list registers of an entry; gives how many are in use.
 ///
 /// # Errors
-/// [`Error::Invalid`] if there are more than the CPU has, or one is linked to a
-/// physical interrupt other than the virtual timer's (T19).
-pub fn check(lrs: &[u64; MAX_LRS], used: u64, implemented: usize) -> Result<usize, Error> {
-    let used = crate::addr::index(used);
+/// [`Error::Invalid`] if there are more than the CPU has, one holds what the
+/// guest can't expect (T19, T27), or two hold the same interrupt, which is
+/// unpredictable.
+pub fn check(gic: u64, lrs: &[u64; MAX_LRS], nr: u64, implemented: usize) -> Result<usize, Error> {
+    let used = crate::addr::index(nr);
     if used > implemented.min(MAX_LRS) && !left_out!(LrCount) {
         return Err(Error::Invalid);
     }
-    let foreign =
-        |lr: &u64| lr & LR_HW != 0 && lr >> LR_PINTID_SHIFT & LR_PINTID_MASK != VIRTUAL_TIMER_INTID;
     left_out!(LrLink => return Ok(used));
-    if lrs.iter().take(used).any(foreign) {
+    let live = || lrs.iter().take(used).filter(|lr| **lr & STATE != 0);
+    let twice = |lr: &u64| live().filter(|other| *other & INTID == lr & INTID).count() > 1;
+    if !lrs.iter().take(used).all(|lr| allowed(gic, *lr)) || live().any(twice) {
         return Err(Error::Invalid);
     }
     Ok(used)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The SGIs that are pending in the list registers in use, a bit each.
+#[must_use]
+pub fn pending_sgis(lrs: &[u64; MAX_LRS], used: usize) -> u16 {
+    let pending = |lr: &&u64| **lr & PENDING != 0 && **lr & INTID < FIRST_PPI;
+    lrs.iter().take(used).filter(pending).fold(0, |set, lr| set | 1 << (lr & INTID))
+}
 
-    #[test]
-    fn counts_beyond_the_hardware_are_refused() {
-        let lrs = [0; MAX_LRS];
-        assert_eq!(check(&lrs, 4, 4), Ok(4));
-        assert_eq!(check(&lrs, 5, 4), Err(Error::Invalid));
-        assert_eq!(check(&lrs, u64::MAX, 16), Err(Error::Invalid));
-        assert_eq!(check(&lrs, 17, 32), Err(Error::Invalid));
+/// An SGI that a vCPU sends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sgi {
+    /// Which it is: a bit.
+    pub id: u16,
+    /// The vCPUs that it goes to: a bit each.
+    pub targets: u64,
+}
+
+impl Sgi {
+    /// A write of ICC_SGI1R_EL1, ICC_ASGI1R_EL1 or ICC_SGI0R_EL1 by vCPU
+    /// `sender`. RS, which would name CPUs beyond the 16 of a cluster, is RES0:
+    /// KVM's GICD_TYPER.RSS is 0.
+    #[must_use]
+    pub const fn by_register(sender: u64, value: u64) -> Self {
+        let (aff3, aff2, aff1) = (value >> 48 & 0xff, value >> 32 & 0xff, value >> 16 & 0xff);
+        let cluster = aff3 << 16 | aff2 << 8 | aff1;
+        let targets = match value >> 40 & 1 {
+            1 => !(1 << sender),
+            _ if cluster < 4 => (value & 0xffff) << (16 * cluster),
+            _ => 0,
+        };
+        Self { id: 1 << (value >> 24 & 15), targets }
     }
 
-    #[test]
-    fn only_the_timer_may_be_linked() {
-        let mut lrs = [0; MAX_LRS];
-        lrs[1] = LR_HW | 27 << 32 | 27;
-        assert_eq!(check(&lrs, 2, 4), Ok(2));
-        lrs[1] = LR_HW | 30 << 32 | 27;
-        assert_eq!(check(&lrs, 2, 4), Err(Error::Invalid));
-        assert_eq!(check(&lrs, 1, 4), Ok(1));
-        lrs[1] = 30 << 32 | 27;
-        assert_eq!(check(&lrs, 2, 4), Ok(2));
+    /// A write of GICD_SGIR (IHI 0048B, 4.3.15).
+    #[must_use]
+    pub const fn by_distributor(sender: u64, value: u64) -> Self {
+        let targets = match value >> 24 & 3 {
+            0 => value >> 16 & 0xff,
+            1 => !(1 << sender),
+            2 => 1 << sender,
+            _ => 0,
+        };
+        Self { id: 1 << (value & 15), targets }
     }
 }
+
+/// How often each SGI was sent to a vCPU and not yet delivered. The host may
+/// merge, delay or drop SGIs, but never deliver more than were sent.
+///
+/// A send counts before the host hears of it, a delivery when the list register
+/// is loaded; so a host that gives on what it was told is never refused. What it
+/// merges stays here. The count ends at 255: with 64 vCPUs no more than 64 sends
+/// are on the way at once, and 9 (a sender's bit each, and a list register) wait
+/// at the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SentSgis([u8; 16]);
+
+impl SentSgis {
+    /// None.
+    pub const NONE: Self = Self([0; 16]);
+
+    /// The counts of the SGIs in the set.
+    fn of(&mut self, set: u16) -> impl Iterator<Item = &mut u8> {
+        (0..).zip(&mut self.0).filter(move |(id, _)| set >> id & 1 != 0).map(|(_, count)| count)
+    }
+
+    /// One more of each in the set was sent, or is still pending after a run.
+    pub fn add(&mut self, set: u16) {
+        self.of(set).for_each(|count| *count = count.saturating_add(1));
+    }
+
+    /// Takes one of each in the set, for a run.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if one was not sent; then none is taken.
+    pub fn take(&mut self, set: u16) -> Result<(), Error> {
+        if self.of(set).any(|count| *count == 0) {
+            return Err(Error::Invalid);
+        }
+        self.of(set).for_each(|count| *count -= 1);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

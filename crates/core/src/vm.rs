@@ -19,6 +19,7 @@ use crate::hw::Hardware;
 use crate::launch::{Boot, Config, Digest, Launch};
 use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::ram::Range;
+use crate::vgic::{SentSgis, Sgi};
 
 /// What a VM's transitions work on.
 pub trait Machine {
@@ -74,6 +75,7 @@ pub(crate) struct Vcpu {
     boot: Option<Boot>,
     /// The vCPU whose CPU_ON the host is carrying out for this one.
     starting: Option<u8>,
+    sgis: SentSgis,
 }
 
 impl Vcpu {
@@ -85,6 +87,7 @@ impl Vcpu {
         running: false,
         boot: None,
         starting: None,
+        sgis: SentSgis::NONE,
     };
 }
 
@@ -517,6 +520,22 @@ impl Vm {
         Ok(run)
     }
 
+    /// A vCPU sends an SGI.
+    pub fn send_sgi(&mut self, sgi: Sgi) {
+        for (_, vcpu) in (0..).zip(&mut self.vcpus).filter(|(i, _)| sgi.targets >> i & 1 != 0) {
+            vcpu.sgis.add(sgi.id);
+        }
+    }
+
+    /// vCPU `idx` may find these SGIs pending in this run.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if one was not sent to it.
+    pub fn take_sgis(&mut self, idx: u64, set: u16) -> Result<(), Error> {
+        left_out!(SgiSent => return Ok(()));
+        self.vcpu(idx)?.sgis.take(set)
+    }
+
     /// The entry was accepted: a vCPU that had yet to start is on.
     pub fn started(&mut self, idx: u64) {
         if let Ok(vcpu) = self.vcpu(idx) {
@@ -524,12 +543,14 @@ impl Vm {
         }
     }
 
-    /// The calling CPU stops running vCPU `idx`.
-    pub fn leave(&mut self, idx: u64) {
+    /// The calling CPU stops running vCPU `idx`; these SGIs it took are still
+    /// pending.
+    pub fn leave(&mut self, idx: u64, sgis: u16) {
         if let Ok(vcpu) = self.vcpu(idx)
             && vcpu.running
         {
             vcpu.running = false;
+            vcpu.sgis.add(sgis);
             self.running = self.running.saturating_sub(1);
         }
     }
@@ -601,6 +622,7 @@ impl Vm {
             vcpu.power = Power::Off;
             vcpu.boot = None;
             vcpu.starting = None;
+            vcpu.sgis = SentSgis::NONE;
         }
         self.devices = Range::default();
         self.launch = Launch::NEW;

@@ -76,7 +76,7 @@ pub struct Gic {
 
 #[derive(Clone, Copy)]
 enum Kind {
-    V2 { cpu_interface: Registers },
+    V2 { cpu_interface: Registers, gich: Registers },
     V3 { redistributors: Registers, count: usize },
 }
 
@@ -84,15 +84,20 @@ impl Gic {
     /// A GICv2.
     ///
     /// # Safety
-    /// EL3 must map 64 KiB at `distributor` and 8 KiB at `cpu_interface` as
-    /// device memory, and a GICv2 must be there.
+    /// EL3 must map 64 KiB at `distributor`, 8 KiB at `cpu_interface` and 4 KiB
+    /// at `gich` (the virtual interface control registers) as device memory, and
+    /// a GICv2 must be there.
     #[must_use]
-    pub const unsafe fn v2(distributor: usize, cpu_interface: usize) -> Self {
+    pub const unsafe fn v2(distributor: usize, cpu_interface: usize, gich: usize) -> Self {
         Self {
             // SAFETY: passed on to the caller.
             distributor: unsafe { Registers::new(distributor, 0x1000) },
-            // SAFETY: passed on to the caller.
-            kind: Kind::V2 { cpu_interface: unsafe { Registers::new(cpu_interface, 0x2000) } },
+            kind: Kind::V2 {
+                // SAFETY: passed on to the caller.
+                cpu_interface: unsafe { Registers::new(cpu_interface, 0x2000) },
+                // SAFETY: passed on to the caller.
+                gich: unsafe { Registers::new(gich, 0x1000) },
+            },
         }
     }
 
@@ -122,6 +127,14 @@ impl Gic {
         match self.kind {
             Kind::V2 { .. } => 2,
             Kind::V3 { .. } => 3,
+        }
+    }
+
+    /// GICv2's virtual interface control registers.
+    pub(crate) const fn gich(&self) -> Option<Registers> {
+        match self.kind {
+            Kind::V2 { gich, .. } => Some(gich),
+            Kind::V3 { .. } => None,
         }
     }
 
@@ -159,7 +172,7 @@ impl Gic {
     /// monitor from power-off; `cpu` is its number. `SCR_EL3.NS` must be 1.
     pub fn init_cpu(&self, cpu: usize) {
         match self.kind {
-            Kind::V2 { cpu_interface } => {
+            Kind::V2 { cpu_interface, .. } => {
                 init_private(self.distributor, 0);
                 // Those of the private interrupts hold the reader's own bit; a
                 // single CPU has none, and nobody to send to (4.3.12).
@@ -199,7 +212,7 @@ impl Gic {
     /// would not let it sleep in the monitor. The host turns them on again.
     pub fn mute_cpu(&self) {
         match self.kind {
-            Kind::V2 { cpu_interface } => {
+            Kind::V2 { cpu_interface, .. } => {
                 cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST & !GICC_CTLR_GRP1);
             }
             Kind::V3 { .. } => {
@@ -237,7 +250,7 @@ impl Gic {
     /// Takes the monitor's interrupt, if it is pending.
     pub fn acknowledge(&self) {
         match self.kind {
-            Kind::V2 { cpu_interface } => {
+            Kind::V2 { cpu_interface, .. } => {
                 // A secure read of IAR takes group 0 only, unless AckCtl is set;
                 // 1022 and 1023 name none.
                 let id = cpu_interface.read32(GICC_IAR);

@@ -91,9 +91,6 @@ read_only! {
     cntpct_el0, elr_el3, esr_el3, far_el3, id_aa64dfr0_el1, id_aa64mmfr0_el1, id_aa64pfr0_el1,
     midr_el1, mpidr_el1,
     ich_vtr_el2 = "s3_4_c12_c11_1",
-    ich_misr_el2 = "s3_4_c12_c11_2",
-    ich_eisr_el2 = "s3_4_c12_c11_3",
-    ich_elrsr_el2 = "s3_4_c12_c11_5",
 }
 
 lower_level! {

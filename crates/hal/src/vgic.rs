@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The virtual CPU interface of GICv3 (IHI 0069, 12.4): list registers, active
-//! priorities, VMCR.
+//! The virtual CPU interface of GICv3 (IHI 0069, 12.4) and of GICv2 (IHI 0048B,
+//! chapter 5): list registers, active priorities, VMCR.
 
 use core::arch::asm;
+use core::iter::repeat;
 
 use havmsi_abi::{MAX_LRS, VgicExit};
+use havmsi_core::addr::low32;
 
-use crate::sysreg::{
-    ich_eisr_el2, ich_elrsr_el2, ich_hcr_el2, ich_misr_el2, ich_vmcr_el2, ich_vtr_el2,
-};
+use crate::gic::Gic;
+use crate::sysreg::{ich_hcr_el2, ich_vmcr_el2, ich_vtr_el2};
 
 /// What a vCPU keeps of the interface between its runs.
 #[derive(Clone, Copy, Debug)]
 pub struct VgicState {
     vmcr: u64,
+    /// GICv2 has but one, `GICH_APR`.
     ap0r: [u64; 4],
     ap1r: [u64; 4],
 }
@@ -66,10 +68,35 @@ numbered! { read_ap1r, write_ap1r;
     0 = "s3_4_c12_c9_0" 1 = "s3_4_c12_c9_1" 2 = "s3_4_c12_c9_2" 3 = "s3_4_c12_c9_3"
 }
 
-/// List registers that the CPU has (`ICH_VTR_EL2.ListRegs` + 1).
+/// GICv2 (IHI 0048B, 5.3).
+const GICH_HCR: usize = 0;
+const GICH_VTR: usize = 4;
+const GICH_VMCR: usize = 8;
+const GICH_APR: usize = 0xf0;
+const GICH_LR: usize = 0x100;
+
+/// A list register as GICv2 has it: HW, group, state, five bits of priority;
+/// physical INTID or EOI; virtual INTID and sender.
+fn to_gich(lr: u64) -> u32 {
+    let top = (lr >> 61 & 1) << 31 | (lr >> 60 & 1) << 30 | (lr >> 62) << 28;
+    low32(top | (lr >> 51 & 0x1f) << 23 | (lr >> 32 & 0x3ff) << 10 | lr & 0x1fff)
+}
+
+/// And back, as far as it changes: state, and which it is.
+fn from_gich(lr: u32) -> u64 {
+    u64::from(lr >> 28 & 3) << 62 | u64::from(lr & 0x1fff)
+}
+
+/// `ICH_VTR_EL2` or `GICH_VTR`.
 #[must_use]
-pub fn list_registers() -> usize {
-    usize::from(ich_vtr_el2::read().to_le_bytes()[0] & 0x1f) + 1
+pub fn vtr(gic: &Gic) -> u64 {
+    gic.gich().map_or_else(ich_vtr_el2::read, |gich| gich.read32(GICH_VTR).into())
+}
+
+/// List registers that the CPU has (ListRegs + 1).
+#[must_use]
+pub fn list_registers(gic: &Gic) -> usize {
+    usize::from(vtr(gic).to_le_bytes()[0] & 0x3f) + 1
 }
 
 /// Active priority registers of each group: 2^(PREbits - 4) for PREbits of 5 to 7.
@@ -82,49 +109,53 @@ fn active_priority_registers() -> usize {
 /// and of group 1 (TALL0, TALL1) trap.
 const HCR_TRAP_ALL: u64 = 0b111 << 10;
 
-/// Takes the interface away from a guest that has none: it would find what the
-/// last one left there.
-pub fn close() {
-    ich_hcr_el2::write(HCR_TRAP_ALL);
-}
-
-/// Undoes [`close`]: the traps concern the host too.
-pub fn open() {
-    ich_hcr_el2::write(0);
+/// Takes GICv3's interface away from a guest that has none: it would find what
+/// the last one left there. GICv2's is mapped into those that have one.
+pub fn close(gic: &Gic) {
+    if gic.gich().is_none() {
+        ich_hcr_el2::write(HCR_TRAP_ALL);
+    }
 }
 
 /// Loads the interface for a run: checked list registers, the first `used` of
 /// `lr`; the others are emptied.
-pub fn load(state: &VgicState, hcr: u64, lr: &[u64; MAX_LRS], used: usize) {
+pub fn load(gic: &Gic, state: &VgicState, hcr: u64, lr: &[u64; MAX_LRS], used: usize) {
+    let all = lr.iter().copied().take(used).chain(repeat(0));
+    let lrs = all.take(list_registers(gic)).enumerate();
+    if let Some(gich) = gic.gich() {
+        gich.write32(GICH_VMCR, low32(state.vmcr));
+        gich.write32(GICH_APR, low32(state.ap0r[0]));
+        lrs.for_each(|(n, lr)| gich.write32(GICH_LR + 4 * n, to_gich(lr)));
+        gich.write32(GICH_HCR, low32(hcr));
+        return;
+    }
     ich_vmcr_el2::write(state.vmcr);
     for n in 0..active_priority_registers() {
         write_ap0r(n, state.ap0r[n]);
         write_ap1r(n, state.ap1r[n]);
     }
-    for (n, value) in lr.iter().enumerate().take(list_registers()) {
-        write_lr(n, if n < used { *value } else { 0 });
-    }
+    lrs.for_each(|(n, lr)| write_lr(n, lr));
     ich_hcr_el2::write(hcr);
 }
 
-/// Takes the interface out after a run and turns it off.
-pub fn save(state: &mut VgicState, used: usize) -> VgicExit {
-    let mut exit = VgicExit {
-        hcr: ich_hcr_el2::read(),
-        vmcr: ich_vmcr_el2::read(),
-        misr: ich_misr_el2::read(),
-        eisr: ich_eisr_el2::read(),
-        elrsr: ich_elrsr_el2::read(),
-        lr: [0; MAX_LRS],
-    };
-    ich_hcr_el2::write(0);
-    state.vmcr = exit.vmcr;
-    for n in 0..active_priority_registers() {
-        state.ap0r[n] = read_ap0r(n);
-        state.ap1r[n] = read_ap1r(n);
+/// Turns the interface off after a run, and takes it out if the guest has one.
+pub fn save(gic: &Gic, state: &mut VgicState, used: usize) -> VgicExit {
+    let mut exit = VgicExit::default();
+    let lrs = exit.lr.iter_mut().enumerate().take(used);
+    if let Some(gich) = gic.gich() {
+        gich.write32(GICH_HCR, 0);
+        state.vmcr = gich.read32(GICH_VMCR).into();
+        state.ap0r[0] = gich.read32(GICH_APR).into();
+        lrs.for_each(|(n, lr)| *lr = from_gich(gich.read32(GICH_LR + 4 * n)));
+    } else {
+        ich_hcr_el2::write(0);
+        state.vmcr = ich_vmcr_el2::read();
+        for n in 0..active_priority_registers() {
+            state.ap0r[n] = read_ap0r(n);
+            state.ap1r[n] = read_ap1r(n);
+        }
+        lrs.for_each(|(n, lr)| *lr = read_lr(n));
     }
-    for (n, value) in exit.lr.iter_mut().enumerate().take(used) {
-        *value = read_lr(n);
-    }
+    exit.vmcr = state.vmcr;
     exit
 }

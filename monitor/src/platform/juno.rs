@@ -45,6 +45,7 @@ const COUNTER_HZ: u64 = 50_000_000;
 const MHU: usize = 0x2b1f_0000;
 const DISTRIBUTOR: usize = 0x2c01_0000;
 const GICC: usize = 0x2c02_f000;
+const GICH: usize = 0x2c04_f000;
 /// The virtual CPU interface of the GICv2.
 pub const GICV: u64 = 0x2c06_f000;
 const CCI: usize = 0x2c09_0000;
@@ -76,7 +77,7 @@ const fn scp() -> Scp {
 #[must_use]
 pub fn gic() -> Gic {
     // SAFETY: `EL3_DEVICES` covers the GIC-400.
-    unsafe { Gic::v2(DISTRIBUTOR, GICC) }
+    unsafe { Gic::v2(DISTRIBUTOR, GICC, GICH) }
 }
 
 /// Asks the board.
@@ -152,9 +153,7 @@ pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = Ran
         Range { base: 0x1c17_0000, size: 0x1000 },   // clock
         Range { base: 0x2c01_0000, size: 0x1000 },   // distributor
         Range { base: 0x2c02_f000, size: 0x2000 },   // GICC
-        Range { base: 0x2c04_f000, size: 0x2000 },   // GICH
-        Range { base: GICV, size: 0x2000 },
-        Range { base: 0x7ff8_0000, size: 0x1000 }, // UART0
+        Range { base: 0x7ff8_0000, size: 0x1000 },   // UART0
     ]
     .into_iter()
 }

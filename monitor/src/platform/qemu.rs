@@ -31,6 +31,7 @@ pub const EL3_DEVICES: [Range; 2] =
 
 const DISTRIBUTOR: usize = 0x0800_0000;
 const GICC: usize = 0x0801_0000;
+const GICH: usize = 0x0803_0000;
 /// The virtual CPU interface of a GICv2.
 pub const GICV: u64 = 0x0804_0000;
 const REDISTRIBUTORS: usize = 0x080a_0000;
@@ -64,7 +65,7 @@ pub fn gic() -> Gic {
         unsafe { Gic::v3(DISTRIBUTOR, REDISTRIBUTORS, MAX_CPUS) }
     } else {
         // SAFETY: `EL3_DEVICES` covers them, and without GICv3 it is a GICv2.
-        unsafe { Gic::v2(DISTRIBUTOR, GICC) }
+        unsafe { Gic::v2(DISTRIBUTOR, GICC, GICH) }
     }
 }
 
@@ -142,11 +143,7 @@ pub fn host_devices(cpus: usize, gic_version: u64) -> impl Iterator<Item = Range
         Range { base: 0x0900_0000, size: 0x1000 },   // UART
         Range { base: 0x0901_0000, size: 0x1000 },   // clock
     ];
-    let v2 = [
-        Range { base: 0x0801_0000, size: 0x2000 },   // GICC
-        Range { base: 0x0803_0000, size: 0x1_0000 }, // GICH
-        Range { base: 0x0804_0000, size: 0x1_0000 }, // GICV
-    ];
+    let v2 = [Range { base: GICC as u64, size: 0x2000 }];
     let redistributors = (0..cpus).map(|cpu| Range {
         base: (REDISTRIBUTORS + cpu * REDISTRIBUTOR_SIZE + 0x1000) as u64,
         size: REDISTRIBUTOR_SIZE as u64 - 0x1000,

@@ -315,7 +315,7 @@ fn at_rest_no_vcpu_runs_and_each_has_its_context() {
     vm.running = 0;
     assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), running);
     vm.vcpus[0].context = 512;
-    vm.leave(0);
+    vm.leave(0, 0);
     assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), Err(Violation::Context(512)));
 }
 

@@ -12,9 +12,14 @@ fn registers() -> [u64; 31] {
     x
 }
 
+fn on(gic: u64, esr: u64, ipa: u64) -> Action {
+    let s = Syndrome { esr, ipa: Ipa(ipa), privileged: true, idx: 1 };
+    let config = Config { ipa_bits: 33, gic, max_vcpus: 1 };
+    decide(&s, &registers(), &config, |ipa| ipa.is_page() && (RAM..2 * RAM).contains(&ipa.0))
+}
+
 fn at(esr: u64, ipa: u64) -> Action {
-    let s = Syndrome { esr, ipa: Ipa(ipa), privileged: true };
-    decide(&s, &registers(), 33, |ipa| ipa.is_page() && (RAM..2 * RAM).contains(&ipa.0))
+    on(3, esr, ipa)
 }
 
 fn of(esr: u64) -> Action {
@@ -22,8 +27,9 @@ fn of(esr: u64) -> Action {
 }
 
 fn user(esr: u64) -> Action {
-    let s = Syndrome { esr, ipa: Ipa(0), privileged: false };
-    decide(&s, &registers(), 33, |_| false)
+    let s = Syndrome { esr, ipa: Ipa(0), privileged: false, idx: 1 };
+    let config = Config { ipa_bits: 33, gic: 3, max_vcpus: 1 };
+    decide(&s, &registers(), &config, |_| false)
 }
 
 const UNDEF: Action = Action::Inject(Injection::Undefined);
@@ -129,11 +135,44 @@ fn interrupts_between_vcpus_go_to_the_host() {
             mode: 1,
             ..Exit::default()
         };
-        let action = Action::Exit { exit, pending: Pending::SysregWrite, step: false };
+        let action = Action::Sgi(exit, Sgi::by_register(1, x[30]));
         assert_eq!(of(msr(register, 30, false) | 1 << 40), action);
         assert_eq!(of(msr(register, 30, true)), UNDEF);
-        let Action::Exit { exit, .. } = of(msr(register, 31, false)) else { panic!("no exit") };
-        assert_eq!(exit.data, 0);
+        let Action::Sgi(exit, sgi) = of(msr(register, 31, false)) else { panic!("no SGI") };
+        assert_eq!((exit.data, sgi), (0, Sgi::by_register(1, 0)));
+        // Without a GICv3 there is no such register.
+        for gic in [0, 2] {
+            assert_eq!(on(gic, msr(register, 30, false), 0), UNDEF);
+        }
+    }
+}
+
+#[test]
+fn a_gicv2_sends_by_a_store() {
+    let x = registers();
+    let sgir = 0x800_0f00;
+    let word = DABT | ISV | 2 << 22 | WNR | 0x07;
+    let exit = Exit {
+        class: ExitClass::MmioWrite,
+        esr: word,
+        ipa: sgir,
+        data: x[12] & 0xffff_ffff,
+        mode: 1,
+        ..Exit::default()
+    };
+    let sgi = Sgi::by_distributor(1, x[12] & 0xffff_ffff);
+    assert_eq!(on(2, word | 12 << 16, sgir), Action::Sgi(exit, sgi));
+    let store = |action| matches!(action, Action::Exit { pending: Pending::Store, .. });
+    // Another width, place or interrupt controller, RAM, a load.
+    for sas in [0, 1, 3] {
+        assert!(store(on(2, DABT | ISV | sas << 22 | WNR | 0x07, sgir)));
+    }
+    for ipa in [0x800_0efc, 0x800_0f04, 0x800_1f0, 0x800_0000] {
+        assert!(store(on(2, word, ipa)));
+    }
+    assert!(store(on(3, word, sgir)) && store(on(0, word, sgir)));
+    for action in [on(2, word, RAM + 0xf00), on(2, word & !WNR, sgir)] {
+        assert!(matches!(action, Action::Exit { .. }) && !store(action));
     }
 }
 
@@ -305,6 +344,7 @@ fn only_what_was_asked_is_answered() {
         ),
         (Pending::SysregWrite, [Some(written), None, Some(undef)]),
         (Pending::Hypercall, [Some(Answer::Results(results)), None, None]),
+        (Pending::Sgi, [Some(Answer::Nothing), None, None]),
     ];
     for (pending, answers) in table {
         let give = |flags| {

@@ -566,19 +566,19 @@ fn a_vcpu_runs_on_one_cpu_at_a_time() {
     assert_eq!(refused(&m, &mut vm, |vm| vm.reset(&m)), Error::Busy);
     assert_eq!(refused(&m, &mut vm, |vm| vm.destroy(&m, |_| panic!("running"))), Error::Busy);
     // The entry was refused: it starts the next time.
-    vm.leave(0);
+    vm.leave(0, 0);
     assert!(vm.running == 0);
-    vm.leave(0);
-    vm.leave(17);
-    vm.leave(1);
+    vm.leave(0, 0);
+    vm.leave(17, 0);
+    vm.leave(1, 0);
     assert!(vm.running == 0);
     assert_eq!(vm.enter(0).unwrap().start, Some(BOOT));
     vm.started(0);
     assert_eq!(vm.power(0), Some(Power::On));
-    vm.leave(0);
+    vm.leave(0, 0);
     assert_eq!(vm.enter(0).unwrap().start, None);
     vm.cpu_off(0);
-    vm.leave(0);
+    vm.leave(0, 0);
     assert_eq!(vm.power(0), Some(Power::Off));
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::State);
 }
@@ -612,7 +612,7 @@ fn the_guest_says_where_a_vcpu_starts() {
     assert_eq!(vm.cpu_on(0, 0x101, BOOT), Err(Some(Power::On)));
     assert_eq!(vm.cpu_on(17, 0, BOOT), Err(Some(Power::On)));
     vm.cpu_off(17);
-    vm.leave(17);
+    vm.leave(17, 0);
     // The host could not do it.
     vm.cpu_on(0, 0x101, boot).unwrap();
     vm.cpu_on_answered(0, u64::MAX);
@@ -622,18 +622,52 @@ fn the_guest_says_where_a_vcpu_starts() {
     vm.enter(17).unwrap();
     vm.cpu_on_answered(0, u64::MAX);
     assert_eq!(vm.power(0x101), Some(Power::Pending(BOOT)));
-    vm.leave(17);
+    vm.leave(17, 0);
     vm.cpu_off(17);
     vm.cpu_on(0, 0x101, boot).unwrap();
     vm.enter(17).unwrap();
     vm.started(17);
-    vm.leave(17);
+    vm.leave(17, 0);
     vm.cpu_on_answered(0, u64::MAX);
     assert_eq!(vm.power(0x101), Some(Power::On));
     // Nobody's answer.
     vm.cpu_on_answered(63, 1);
     vm.cpu_off(63);
     vm.started(63);
+}
+
+#[test]
+fn an_sgi_is_for_vcpus_of_its_vm_that_it_was_sent_to() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    let to_17 = Sgi { id: 1 << 5, targets: 1 << 17 };
+    let to_others = Sgi { id: 1 << 6, targets: !1 };
+    assert_eq!(refused(&m, &mut vm, |vm| vm.take_sgis(17, 1 << 5)), Error::Invalid);
+    vm.send_sgi(to_17);
+    vm.send_sgi(to_others);
+    // Neither the sender, nor another one, nor one that isn't there.
+    for (idx, set) in [(0, 1 << 5), (0, 1 << 6), (17, 1 << 4), (17, 1 << 4 | 1 << 5), (1, 1 << 6)] {
+        assert_eq!(refused(&m, &mut vm, |vm| vm.take_sgis(idx, set)), Error::Invalid);
+    }
+    assert_eq!(vm.take_sgis(17, 1 << 5 | 1 << 6), Ok(()));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.take_sgis(17, 1 << 5)), Error::Invalid);
+    // Still pending after the run; once off and on again too.
+    vm.cpu_on(0, 0x101, BOOT).unwrap();
+    vm.enter(17).unwrap();
+    vm.started(17);
+    vm.cpu_off(17);
+    vm.leave(17, 1 << 5);
+    vm.leave(17, 1 << 5);
+    vm.cpu_on(0, 0x101, BOOT).unwrap();
+    vm.enter(17).unwrap();
+    assert_eq!(vm.take_sgis(17, 1 << 5), Ok(()));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.take_sgis(17, 1 << 5)), Error::Invalid);
+    vm.leave(17, 0);
+    // A new life knows nothing of the old one's.
+    vm.send_sgi(to_17);
+    reset(&m, &mut vm);
+    assert_eq!(refused(&m, &mut vm, |vm| vm.take_sgis(17, 1 << 5)), Error::Invalid);
 }
 
 /// Maps `n` pages from both banks at spread addresses; each holds a secret.
@@ -660,7 +694,7 @@ fn a_reset_returns_every_page_and_opens_the_launch() {
     fill(&m, &mut vm, 150);
     vm.cpu_on(0, 0x101, BOOT).unwrap();
     m.hw.unload(vm.map.vttbr());
-    vm.leave(0);
+    vm.leave(0, 0);
     check(&m, core::iter::once(&vm));
     assert_eq!(m.pages.census().private, 151);
 

@@ -244,9 +244,12 @@ bool havmsi_warn_hyp_call(const char *call)
 	return WARN_ONCE(1, "havmsi: %s was called, but there is no EL2\n", call);
 }
 
+/* ICH_VTR_EL2 or GICH_VTR; the run page has room for 16 list registers. */
 u64 havmsi_vgic_config(void)
 {
-	return havmsi_ich_vtr & U32_MAX;
+	u64 last = min(havmsi_ich_vtr & 0x3f, HAVMSI_MAX_LRS - 1);
+
+	return (havmsi_ich_vtr & U32_MAX & ~0x3fULL) | last;
 }
 
 u32 havmsi_ipa_limit(u32 host_limit)

@@ -4,6 +4,7 @@
  * it gets what an exit exposes, as if that were in x0 to x3, and what the
  * handlers leave there goes back, as far as that exit allows an answer.
  */
+#include <linux/irqchip/arm-gic.h>
 #include <linux/kvm_host.h>
 
 #include <kvm/arm_vgic.h>
@@ -14,13 +15,23 @@
 
 #include "havmsi.h"
 
-/* En, UIE, LRENPIE, NPIE, VGrp*IE: what a host may set in ICH_HCR_EL2. */
-#define ICH_HCR_HOST	GENMASK(7, 0)
-
-static bool is_gicv3(struct kvm_vcpu *vcpu)
+static bool is_gicv3(void)
 {
-	return static_branch_unlikely(&kvm_vgic_global_state.gicv3_cpuif) &&
-	       irqchip_in_kernel(vcpu->kvm);
+	return static_branch_unlikely(&kvm_vgic_global_state.gicv3_cpuif);
+}
+
+/*
+ * A GICv2's list registers travel in GICv3's format: HW, group, state and
+ * priority move, and above bit 9 either the physical interrupt's number or EOI
+ * (its top bit) and the sender of an SGI.
+ */
+static u64 lr_from_gicv2(u32 lr)
+{
+	u32 virtual = lr & GICH_LR_HW ? GENMASK(9, 0) : GENMASK(12, 0);
+
+	return (u64)(lr >> 31 & 1) << 61 | (u64)(lr >> 30 & 1) << 60 |
+	       (u64)(lr >> 28 & 3) << 62 | (u64)(lr >> 23 & 0x1f) << 51 |
+	       (u64)(lr & GENMASK(19, 0) & ~virtual) << 22 | (lr & virtual);
 }
 
 /* What KVM's handlers made of the last exit, as the answer to it. */
@@ -66,30 +77,49 @@ static void fill_entry(struct kvm_vcpu *vcpu, struct havmsi_vcpu *hvcpu)
 
 	entry->ich_hcr = 0;
 	entry->nr_lr = 0;
-	if (is_gicv3(vcpu)) {
+	if (!irqchip_in_kernel(vcpu->kvm))
+		return;
+	if (is_gicv3()) {
 		struct vgic_v3_cpu_if *cpu_if = &vcpu->arch.vgic_cpu.vgic_v3;
 
-		entry->ich_hcr = cpu_if->vgic_hcr & ICH_HCR_HOST;
+		entry->ich_hcr = cpu_if->vgic_hcr;
 		entry->nr_lr = cpu_if->used_lrs;
 		for (i = 0; i < cpu_if->used_lrs; i++)
 			entry->lr[i] = cpu_if->vgic_lr[i];
+	} else {
+		struct vgic_v2_cpu_if *cpu_if = &vcpu->arch.vgic_cpu.vgic_v2;
+
+		entry->ich_hcr = cpu_if->vgic_hcr;
+		entry->nr_lr = cpu_if->used_lrs;
+		for (i = 0; i < cpu_if->used_lrs; i++)
+			entry->lr[i] = lr_from_gicv2(cpu_if->vgic_lr[i]);
 	}
 }
 
 static void take_vgic(struct kvm_vcpu *vcpu, struct havmsi_run_exit *exit)
 {
-	struct vgic_v3_cpu_if *cpu_if = &vcpu->arch.vgic_cpu.vgic_v3;
 	int i;
 
-	if (!is_gicv3(vcpu))
+	if (!irqchip_in_kernel(vcpu->kvm))
 		return;
-	/* For kvm_vgic_vcpu_pending_irq(): priority mask and group enables. */
-	cpu_if->vgic_vmcr = exit->ich_vmcr;
-	for (i = 0; i < cpu_if->used_lrs; i++) {
-		if (exit->ich_elrsr & BIT(i))
-			cpu_if->vgic_lr[i] &= ~ICH_LR_STATE;
-		else
-			cpu_if->vgic_lr[i] = exit->lr[i];
+	/*
+	 * VMCR is for kvm_vgic_vcpu_pending_irq(): priority mask and group
+	 * enables. Of a list register the state is what a guest changes.
+	 */
+	if (is_gicv3()) {
+		struct vgic_v3_cpu_if *cpu_if = &vcpu->arch.vgic_cpu.vgic_v3;
+
+		cpu_if->vgic_vmcr = exit->vmcr;
+		for (i = 0; i < cpu_if->used_lrs; i++)
+			cpu_if->vgic_lr[i] = (cpu_if->vgic_lr[i] & ~ICH_LR_STATE) |
+					     (exit->lr[i] & ICH_LR_STATE);
+	} else {
+		struct vgic_v2_cpu_if *cpu_if = &vcpu->arch.vgic_cpu.vgic_v2;
+
+		cpu_if->vgic_vmcr = exit->vmcr;
+		for (i = 0; i < cpu_if->used_lrs; i++)
+			cpu_if->vgic_lr[i] = (cpu_if->vgic_lr[i] & ~GICH_LR_STATE) |
+					     (u32)(exit->lr[i] >> 62) << 28;
 	}
 }
 

@@ -83,11 +83,7 @@ struct havmsi_run_exit {
 	__u64 gpr[4];
 	__u64 data;
 	__u64 mode;
-	__u64 ich_hcr;
-	__u64 ich_vmcr;
-	__u64 ich_misr;
-	__u64 ich_eisr;
-	__u64 ich_elrsr;
+	__u64 vmcr;
 	__u64 lr[16];
 };
 
