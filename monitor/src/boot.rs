@@ -77,6 +77,8 @@ fn first() -> ! {
     log::init();
     #[cfg(feature = "leave-out")]
     crate::leave_out::init();
+    // Before anything else: devices may be awake.
+    let smmu = platform::smmu();
     let facts = platform::facts();
     mmu::map_ram(&facts.ram);
     // SAFETY: just mapped so; all of the monitor's objects lie in secure RAM.
@@ -96,7 +98,7 @@ fn first() -> ! {
     if let Some(seed) = &facts.seed {
         vms::seed(seed);
     }
-    host::build(facts, gic);
+    host::build(facts, gic, smmu);
     psci::init(facts.cpus);
     for cpu in 1..facts.cpus {
         let_in(cpu);

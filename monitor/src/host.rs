@@ -13,6 +13,7 @@ use havmsi_core::stage2;
 use havmsi_core::vm::Machine as Transitions;
 use havmsi_hal::gic::Gic;
 use havmsi_hal::machine::Machine;
+use havmsi_hal::smmu::Smmu;
 use havmsi_hal::sysreg::{
     cnthctl_el2, cnthp_ctl_el2, cntp_ctl_el0, cntv_ctl_el0, cntvoff_el2, cptr_el2, cptr_el3,
     hstr_el2, icc_sre_el2, id_aa64mmfr0_el1, mdcr_el2, mdcr_el3, midr_el1, mpidr_el1, scr_el3,
@@ -71,7 +72,7 @@ pub fn world() -> &'static World {
 pub const SMC: u64 = 0xd400_0003;
 
 /// Builds the carve-out, the ownership records and the host's map.
-pub fn build(facts: Facts, gic: Gic) {
+pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
     let first = facts.ram.banks()[0];
     let reserved = carveout_size(facts.ram.page_count() * PAGE_SIZE);
     for at in (0..reserved).step_by(4096) {
@@ -87,7 +88,10 @@ pub fn build(facts: Facts, gic: Gic) {
     cache::invalidate_icache_all();
 
     let root = Pa(first.base + carveout::HOST_ROOT);
-    let machine = Machine { host_vttbr: stage2::vttbr(root, 0) };
+    if let Some(smmu) = &mut smmu {
+        smmu.start(Pa(first.base));
+    }
+    let machine = Machine { host_vttbr: stage2::vttbr(root, 0), smmu };
     let devices = platform::host_devices(facts.cpus, gic.version());
     #[cfg(feature = "leave-out")]
     let devices = devices.chain(platform::hidden_devices(facts.cpus));

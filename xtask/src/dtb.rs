@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The device tree of the protected host: what QEMU prints, minus what the monitor keeps,
-//! plus PSCI and where the initramfs lies.
+//! plus PSCI.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,7 +19,7 @@ pub const RAM_BASE: u64 = 0x4000_0000;
 
 /// Names (up to the `@`) of nodes that the host must not see: bus masters, the monitor's
 /// devices, and what QEMU's emulation has but the monitor does not hand out.
-const REMOVED: [&str; 14] = [
+const REMOVED: [&str; 13] = [
     "fw-cfg",
     "flash",
     "secflash",
@@ -28,7 +28,6 @@ const REMOVED: [&str; 14] = [
     "gpio-restart",
     "gpio-poweroff",
     "virtio_mmio",
-    "pcie",
     "smmuv3",
     "pmu",
     "platform-bus",
@@ -65,7 +64,7 @@ pub fn dump(config: &Config, to: &Path) -> Result<()> {
 }
 
 /// Edits QEMU's tree into the host's.
-pub fn edit(blob: &[u8], ram: u64, initrd: u64, bootargs: &str) -> Result<Vec<u8>> {
+pub fn edit(blob: &[u8], ram: u64, bootargs: &str) -> Result<Vec<u8>> {
     let fdt =
         Fdt::new(blob).map_err(|e| anyhow::anyhow!("QEMU's device tree can't be read: {e:?}"))?;
     let mut tree = DeviceTree::from_fdt(&fdt);
@@ -95,6 +94,12 @@ pub fn edit(blob: &[u8], ram: u64, initrd: u64, bootargs: &str) -> Result<Vec<u8
     if let Some(aliases) = root.child_mut("aliases") {
         aliases.remove_property("serial1");
     }
+    // Interrupts of PCI come by wire: docs/decisions/0006.
+    for pcie in root.children_mut().filter(|c| c.name().starts_with("pcie@")) {
+        for name in ["iommu-map", "msi-map", "msi-parent"] {
+            pcie.remove_property(name);
+        }
+    }
     for gic in root.children_mut().filter(|c| c.name().starts_with("intc@")) {
         let children: Vec<String> = gic.children().map(|c| c.name().to_owned()).collect();
         for name in children.iter().filter(|n| n.starts_with("its@") || n.starts_with("v2m@")) {
@@ -108,12 +113,6 @@ pub fn edit(blob: &[u8], ram: u64, initrd: u64, bootargs: &str) -> Result<Vec<u8
         }
     };
     set(chosen, "bootargs", [bootargs.as_bytes(), b"\0"].concat())?;
-    if initrd == 0 {
-        return Ok(tree.to_dtb());
-    }
-    let start = layout::host_initrd(RAM_BASE, ram);
-    set(chosen, "linux,initrd-start", cells(&[start]))?;
-    set(chosen, "linux,initrd-end", cells(&[start + initrd]))?;
     Ok(tree.to_dtb())
 }
 
@@ -121,11 +120,7 @@ pub fn edit(blob: &[u8], ram: u64, initrd: u64, bootargs: &str) -> Result<Vec<u8
 pub fn build(config: &Config, dir: &Path) -> Result<PathBuf> {
     let raw = dir.join("qemu.dtb");
     dump(config, &raw)?;
-    let initrd = match &config.initrd {
-        Some(path) => std::fs::metadata(path)?.len(),
-        None => 0,
-    };
-    let blob = edit(&std::fs::read(&raw)?, config.mem_mib << 20, initrd, &config.append)?;
+    let blob = edit(&std::fs::read(&raw)?, config.mem_mib << 20, &config.append)?;
     let path = dir.join("host.dtb");
     sh::write(&path, blob)?;
     Ok(path)
@@ -133,6 +128,8 @@ pub fn build(config: &Config, dir: &Path) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use dtoolkit::Property as _;
+
     use super::*;
 
     #[test]
@@ -144,14 +141,22 @@ mod tests {
             "pl011@9040000",
             "virtio_mmio@a000000",
             "memory@40000000",
-            "pcie@1",
+            "smmuv3@9050000",
         ] {
             tree.root.add_child(DeviceTreeNode::new(name).unwrap());
         }
-        let out = edit(&tree.to_dtb(), 1 << 30, 4096, "console=ttyAMA0").unwrap();
+        let mut pcie = DeviceTreeNode::new("pcie@10000000").unwrap();
+        for name in ["dma-coherent", "iommu-map", "msi-map", "interrupt-map"] {
+            set(&mut pcie, name, cells(&[1])).unwrap();
+        }
+        tree.root.add_child(pcie);
+        let out = edit(&tree.to_dtb(), 1 << 30, "console=ttyAMA0").unwrap();
         let fdt = Fdt::new(&out).unwrap();
         let tree = DeviceTree::from_fdt(&fdt);
         let names: Vec<_> = tree.root.children().map(|c| c.name().to_owned()).collect();
-        assert_eq!(names, ["pl011@9000000", "memory@40400000", "psci", "chosen"]);
+        assert_eq!(names, ["pl011@9000000", "pcie@10000000", "memory@40400000", "psci", "chosen"]);
+        let pcie = tree.root.child("pcie@10000000").unwrap();
+        let left: Vec<_> = pcie.properties().map(|p| p.name().to_owned()).collect();
+        assert_eq!(left, ["dma-coherent", "interrupt-map"]);
     }
 }

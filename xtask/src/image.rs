@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Root file systems of the emulated machines, as initramfs archives.
+//! Root file systems of the emulated machines: the host's on a disk, the guests' as an
+//! initramfs archive.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
@@ -10,19 +13,22 @@ use crate::cache::{Key, files_below};
 use crate::cpio::Cpio;
 use crate::kernel::{self, Kernel};
 use crate::setup::{self, Need};
-use crate::{Ctx, build, debs};
+use crate::{Ctx, build, debs, sh};
 
 /// busybox programs that get a name of their own on the host.
 const APPLETS: &str = "sh ash mount umount poweroff reboot cat echo grep dmesg uname sleep head tail date ls nproc free mkdir \
     rmdir rm cp mv ln chroot tr sed awk time taskset sysctl ps kill top vi less find xargs hexdump od dd insmod rmmod lsmod \
     setsid cttyhack clear env id df du wc sort uniq cut seq test true false printf stat chmod touch strings devmem which";
 
+/// Empty folders of a root.
+const DIRS: [&str; 6] = ["dev", "proc", "sys", "tmp", "root", "mnt"];
+
 /// Everything that a run of the emulated host needs.
 #[derive(Debug, Clone)]
 pub struct Images {
     /// The kernel of host and guests.
     pub kernel: Kernel,
-    /// The host's initramfs.
+    /// The host's root, a disk image.
     pub host: PathBuf,
     /// The guest's initramfs.
     pub guest: PathBuf,
@@ -43,43 +49,28 @@ pub fn guest(ctx: &Ctx) -> Result<PathBuf> {
 }
 
 fn base(cpio: &mut Cpio) {
-    for dir in ["dev", "proc", "sys", "tmp", "root", "mnt"] {
+    for dir in DIRS {
         cpio.dir(dir);
     }
     cpio.char_device("dev/console", 0o600, 5, 1);
     cpio.char_device("dev/null", 0o666, 1, 3);
 }
 
-/// The part of the host's root that changes rarely: Debian's QEMU and busybox.
-fn host_base(ctx: &Ctx) -> Result<PathBuf> {
-    let root = debs::arm64_root(ctx)?;
-    let key = Key::new("host-base 1")
-        .value(
-            "root",
-            &root.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
-        )
-        .value("applets", APPLETS);
-    let dir = ctx.cache.entry("image", &key, |dir| {
-        ctx.cache.need_space(300)?;
-        let mut cpio = Cpio::default();
-        base(&mut cpio);
-        let from = root.join("root");
-        for file in files_below(&from)? {
-            let name = file.strip_prefix(&from)?.to_string_lossy().into_owned();
-            cpio.file(&name, 0o755, fs::read(&file)?);
-        }
-        for applet in APPLETS.split_whitespace() {
-            cpio.link(&format!("bin/{applet}"), "busybox");
-        }
-        fs::write(dir.join("base.cpio"), cpio.finish()?)?;
-        Ok(())
-    })?;
-    Ok(dir.join("base.cpio"))
+/// Puts a copy of a file into a folder that becomes a root.
+fn copy(root: &Path, name: &str, from: &Path, mode: u32) -> Result<()> {
+    let to = root.join(name);
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::copy(from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
+    fs::set_permissions(&to, fs::Permissions::from_mode(mode))?;
+    Ok(())
 }
 
-/// The host's initramfs: the base and, as a second archive behind it, what we build.
+/// The host's root: Debian's QEMU and busybox, and what we build, as an ext2 image that is
+/// mounted read-only (`mke2fs -d` needs no root, and the kernel's driver is small).
 pub fn host(ctx: &Ctx, kernel: &Kernel, guest: &Path) -> Result<PathBuf> {
-    let base = host_base(ctx)?;
+    let debian = debs::arm64_root(ctx)?;
     let programs = build::programs(ctx)?;
     let module = kernel::attacker(ctx, kernel)?;
     let mut files = vec![
@@ -91,22 +82,47 @@ pub fn host(ctx: &Ctx, kernel: &Kernel, guest: &Path) -> Result<PathBuf> {
     if let Some(module) = module {
         files.push(("havmsi/attacker.ko", module));
     }
-    let mut key = Key::new("host 3").file(&ctx.cache, "base", &base)?;
+    let mut key = Key::new("host 4")
+        .value(
+            "root",
+            &debian.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+        )
+        .value("applets", APPLETS);
     for (name, from) in &files {
         key = key.file(&ctx.cache, name, from)?;
     }
     let dir = ctx.cache.entry("image", &key, |dir| {
         ctx.cache.need_space(300)?;
-        let mut cpio = Cpio::default();
-        for (name, from) in &files {
-            cpio.copy(name, from)?;
+        let root = dir.join("root");
+        for name in DIRS {
+            fs::create_dir_all(root.join(name))?;
         }
-        let mut all = fs::read(&base).context("cannot read the base archive")?;
-        all.extend(cpio.finish()?);
-        fs::write(dir.join("host.cpio"), all)?;
+        let from = debian.join("root");
+        for file in files_below(&from)? {
+            copy(&root, &file.strip_prefix(&from)?.to_string_lossy(), &file, 0o755)?;
+        }
+        for applet in APPLETS.split_whitespace() {
+            symlink("busybox", root.join("bin").join(applet))?;
+        }
+        for (name, from) in &files {
+            copy(&root, name, from, 0o755)?;
+        }
+        let mut blocks = 1024;
+        for file in files_below(&root)? {
+            blocks += fs::metadata(&file)?.len().div_ceil(4096) + 1;
+        }
+        let image = dir.join("host.ext2");
+        let mut command = Command::new("mke2fs");
+        // Debian keeps it where only root looks.
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+        command.args(["-q", "-F", "-t", "ext2", "-b", "4096", "-m", "0", "-E", "root_owner=0:0"]);
+        command.arg("-d").arg(&root).arg(&image).arg((blocks + blocks / 20).to_string());
+        sh::run(&mut command, &ctx.log("image.log"))?;
+        fs::remove_dir_all(&root)?;
         Ok(())
     })?;
-    Ok(dir.join("host.cpio"))
+    Ok(dir.join("host.ext2"))
 }
 
 /// Builds kernel and both images.

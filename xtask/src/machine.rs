@@ -36,6 +36,13 @@ impl Kind {
     }
 }
 
+/// The DMA engine of the tests: it reaches 40 bits of addresses.
+pub const EDU: &str = "edu,dma_mask=0xffffffffff";
+/// Virtio 1 only, with addresses as any other device has them.
+const VIRTIO: &str = "iommu_platform=on,disable-legacy=on";
+/// Bytes of the disk that the host writes to.
+const SCRATCH: u64 = 64 << 20;
+
 /// What machine to start.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -51,8 +58,8 @@ pub struct Config {
     pub cpu: String,
     /// Kernel image, or a bare-metal payload.
     pub kernel: PathBuf,
-    /// Initramfs.
-    pub initrd: Option<PathBuf>,
+    /// The root of a Linux host: a disk image, which is only read.
+    pub root: Option<PathBuf>,
     /// Kernel command line.
     pub append: String,
     /// The monitor's image (`Kind::Havmsi`).
@@ -66,12 +73,15 @@ impl Config {
     pub fn machine_args(&self, command: &mut Command, more: &str) {
         let levels = match self.kind {
             Kind::Control => "virtualization=on",
-            Kind::Havmsi => "secure=on,virtualization=on",
+            // All of PCI behind the SMMU, which is the monitor's.
+            Kind::Havmsi => "secure=on,virtualization=on,iommu=smmuv3",
             Kind::Bare => "virtualization=off",
         };
+        // PCI's windows below RAM only, where the host's stage-2 has blocks for them.
+        let pci = "highmem-ecam=off,highmem-mmio=off";
         command
             .arg("-M")
-            .arg(format!("virt,{levels},gic-version={}{more}", self.gic))
+            .arg(format!("virt,{levels},{pci},gic-version={}{more}", self.gic))
             .args(["-cpu", &self.cpu])
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &format!("{}M", self.mem_mib)])
@@ -93,9 +103,6 @@ impl Config {
         match self.kind {
             Kind::Control | Kind::Bare => {
                 command.arg("-kernel").arg(&self.kernel).args(["-append", &self.append]);
-                if let Some(initrd) = &self.initrd {
-                    command.arg("-initrd").arg(initrd);
-                }
             }
             Kind::Havmsi => {
                 let monitor =
@@ -110,9 +117,6 @@ impl Config {
                 };
                 load(&dtb, layout::host_dtb(RAM_BASE, ram));
                 load(&self.kernel, layout::host_kernel(RAM_BASE, ram));
-                if let Some(initrd) = &self.initrd {
-                    load(initrd, layout::host_initrd(RAM_BASE, ram));
-                }
                 let seed = dir.join("seed.bin");
                 let mut bytes = [0; 64];
                 std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
@@ -124,8 +128,28 @@ impl Config {
                     .arg(format!("name=opt/org.havmsi/seed,file={}", comma(&seed)));
             }
         }
+        self.devices(&mut command, dir)?;
         command.args(&self.extra);
         Ok(command)
+    }
+
+    /// What is on PCI: a device whose DMA goes wherever it is told (QEMU's `edu`); for Linux
+    /// its root, a disk to write to, and a network on which an echo answers and nobody else.
+    /// `iommu_platform`: the device's addresses go through the SMMU, where there is one.
+    fn devices(&self, command: &mut Command, dir: &Path) -> Result<()> {
+        command.args(["-device", EDU]);
+        let Some(root) = &self.root else { return Ok(()) };
+        let scratch = dir.join("scratch.img");
+        File::create(&scratch)?.set_len(SCRATCH)?;
+        for (id, options, file) in [("root", ",readonly=on", root), ("scratch", "", &scratch)] {
+            let file = comma(file);
+            command.args(["-drive", &format!("if=none,id={id},format=raw{options},file={file}")]);
+            command.args(["-device", &format!("virtio-blk-pci,drive={id},{VIRTIO}")]);
+        }
+        let echo = "user,id=net,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat";
+        command.args(["-netdev", echo]);
+        command.args(["-device", &format!("virtio-net-pci,netdev=net,romfile=,{VIRTIO}")]);
+        Ok(())
     }
 }
 

@@ -322,7 +322,7 @@ pub fn payload_config(image: PathBuf, monitor: &build::Monitor, gic: u32, cpu: C
         gic,
         cpu: cpu.name().to_owned(),
         kernel: image,
-        initrd: None,
+        root: None,
         append: String::new(),
         monitor: Some(monitor.image.clone()),
         extra: vec![],

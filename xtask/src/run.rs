@@ -117,7 +117,7 @@ impl Args {
         job: &str,
     ) -> Config {
         let mut append = format!(
-            "console=ttyAMA0 loglevel=5 panic=-1 kvm-arm.mode={} havmsi.job={job} havmsi.guests={} havmsi.vcpus={} havmsi.gic={}",
+            "console=ttyAMA0 loglevel=5 panic=-1 root=/dev/vda init=/init kvm-arm.mode={} havmsi.job={job} havmsi.guests={} havmsi.vcpus={} havmsi.gic={}",
             if kind == Kind::Havmsi { "havmsi" } else { "nvhe" },
             self.guests,
             self.vcpus,
@@ -134,7 +134,7 @@ impl Args {
             gic: self.gic,
             cpu: self.cpu.name().to_owned(),
             kernel: images.kernel.image(),
-            initrd: Some(images.host.clone()),
+            root: Some(images.host.clone()),
             append,
             monitor: monitor.map(|m| m.image.clone()),
             extra: vec![],

@@ -62,7 +62,7 @@ fn packages(need: Need) -> &'static [&'static str] {
             "libelf-dev",
             "ccache",
         ],
-        Need::Debs => &["dpkg", "apt"],
+        Need::Debs => &["dpkg", "apt", "e2fsprogs"],
     }
 }
 

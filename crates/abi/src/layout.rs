@@ -8,9 +8,9 @@ use crate::PAGE_SIZE;
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
 /// Bytes at the bottom of RAM that belong to the monitor from reset: the EL2
-/// vector page, the zero frame, the roots of the VMs' stage-2 tables, and one
-/// level 3 table for each 2 MiB of RAM, so that splitting a block of the host's
-/// map never has to find memory. A multiple of 2 MiB.
+/// vector page, the zero frame, the roots of the VMs' stage-2 tables, what the
+/// SMMU reads, and one level 3 table for each 2 MiB of RAM, which the host's map
+/// and the devices' share. A multiple of 2 MiB.
 #[must_use]
 pub const fn carveout_size(ram_size: u64) -> u64 {
     let level3 = ram_size / BLOCK_SIZE * PAGE_SIZE;
@@ -35,12 +35,23 @@ pub mod carveout {
     pub const LEVEL2_TABLES: u64 = DEVICE_TABLES + DEVICE_TABLE_COUNT * PAGE_SIZE;
     /// Level 2 tables at [`LEVEL2_TABLES`]: the GiBs of RAM that can be mapped.
     pub const LEVEL2_TABLE_COUNT: u64 = 32;
+    /// Level 2 tables of RAM in the devices' stage-2, as many.
+    pub const SMMU_LEVEL2_TABLES: u64 = LEVEL2_TABLES + LEVEL2_TABLE_COUNT * PAGE_SIZE;
+    /// Root of the devices' stage-2: two concatenated level 1 tables.
+    pub const SMMU_ROOT: u64 = SMMU_LEVEL2_TABLES + LEVEL2_TABLE_COUNT * PAGE_SIZE;
+    /// The SMMU's stream table.
+    pub const SMMU_STREAMS: u64 = SMMU_ROOT + 4 * PAGE_SIZE;
+    /// Bytes at [`SMMU_STREAMS`], to which it is aligned: 64 for each device of bus 0.
+    pub const SMMU_STREAMS_SIZE: u64 = 256 * 64;
+    /// The SMMU's command queue, a page.
+    pub const SMMU_COMMANDS: u64 = SMMU_STREAMS + SMMU_STREAMS_SIZE;
     /// Roots of the VMs' stage-2: two concatenated level 1 tables a VM.
     pub const VM_ROOTS: u64 = 1 << 20;
     /// Level 3 tables of RAM, one for each 2 MiB.
     pub const LEVEL3_TABLES: u64 = VM_ROOTS + MAX_VMS as u64 * 2 * PAGE_SIZE;
 
-    const _: () = assert!(LEVEL2_TABLES + LEVEL2_TABLE_COUNT * PAGE_SIZE <= VM_ROOTS);
+    const _: () = assert!(SMMU_COMMANDS + PAGE_SIZE <= VM_ROOTS);
+    const _: () = assert!(SMMU_STREAMS.is_multiple_of(SMMU_STREAMS_SIZE));
     const _: () = assert!(LEVEL3_TABLES == super::BLOCK_SIZE);
 }
 
@@ -54,13 +65,6 @@ pub const fn host_dtb(ram_base: u64, ram_size: u64) -> u64 {
 #[must_use]
 pub const fn host_kernel(ram_base: u64, ram_size: u64) -> u64 {
     host_dtb(ram_base, ram_size) + BLOCK_SIZE
-}
-
-/// Where the host's initial RAM file system is placed: for the tool that does it.
-#[cfg(any(test, feature = "header"))]
-#[must_use]
-pub const fn host_initrd(ram_base: u64, ram_size: u64) -> u64 {
-    host_kernel(ram_base, ram_size) + 64 * (1 << 20)
 }
 
 #[cfg(test)]

@@ -35,6 +35,9 @@ pub enum Violation {
     HostLeaf(Ipa, Entry),
     /// The host's map shows a page that is not the host's, or hides one that is.
     HostOwner(Ipa),
+    /// This entry of the devices' stage-2 above level 3 is not what it was at boot,
+    /// or the table that it leads to shows more than the block above it.
+    DevicesEntry(Ipa, Entry),
     /// The host's map misses pages: the number of the host's, and of those mapped.
     HostMisses(u64, u64),
     /// This leaf of a VM's map is of no permitted form, or not in its RAM.
@@ -70,7 +73,7 @@ pub struct Found {
     pub run: u64,
 }
 
-/// An audit under way: [`Self::host`], then [`Self::vm`] (and
+/// An audit under way: [`Self::host`] and [`Self::devices`], then [`Self::vm`] (and
 /// [`Self::at_rest`]) for each slot, then [`Self::finish`].
 pub struct Audit<'a, H: Hardware> {
     hw: &'a H,
@@ -286,6 +289,52 @@ impl<'a, H: Hardware> Audit<'a, H> {
             whole(range) && ranges().skip(i + 1).all(|other| !range.overlaps(other))
         });
         if apart { Ok(()) } else { Err(Violation::Ranges(vm.slot)) }
+    }
+
+    /// The devices' stage-2: the level 3 tables of the host's RAM, which
+    /// [`Self::host`] has looked at where they are in use there, and nothing else.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn devices(&mut self, map: &HostMap) -> Result<(), Violation> {
+        let root = map.devices_root();
+        for page in [root, root.offset(PAGE_SIZE)] {
+            self.table(page, Owner::Monitor)?;
+        }
+        for i in 0..ROOT_ENTRIES {
+            let at1 = i as u64 * LEVEL1_SIZE;
+            let entry = Entry(self.hw.read_entry(root, i));
+            if entry == Entry::INVALID {
+                continue;
+            }
+            if entry != Entry::table(entry.address()) {
+                return Err(Violation::DevicesEntry(Ipa(at1), entry));
+            }
+            self.table(entry.address(), Owner::Monitor)?;
+            for j in 0..ENTRIES {
+                let at2 = Pa(at1 + j as u64 * LEVEL2_SIZE);
+                let ipa = Ipa(at2.0);
+                let entry = Entry(self.hw.read_entry(entry.address(), j));
+                let level3 = if self.pages.owner(at2) == Some(Owner::Monitor) {
+                    None
+                } else {
+                    map.level3_table(at2)
+                };
+                if entry != level3.map_or(Entry::INVALID, Entry::table) {
+                    return Err(Violation::DevicesEntry(ipa, entry));
+                }
+                // Where the host has a block, the table shows the same.
+                let Some(level3) = level3 else { continue };
+                let block = map.lookup(self.hw, ipa).is_some_and(Entry::is_block);
+                for k in 0..ENTRIES {
+                    let page = Entry::page(at2.offset(k as u64 * PAGE_SIZE), Attributes::Memory);
+                    if block && Entry(self.hw.read_entry(level3, k)) != page {
+                        return Err(Violation::DevicesEntry(ipa, entry));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A VM's map and records: only its own pages, each once, in its RAM; its

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A machine for the tests: a little RAM, and TLBs that remember.
+//! A machine for the tests: a little RAM, and TLBs that remember: the CPUs' and
+//! the SMMU's, which share tables.
 //!
 //! A translation that was valid while its world could run may be in some TLB
 //! until the matching invalidation. The fake keeps those as *stale* ones, and
@@ -34,6 +35,8 @@ pub enum Event {
     Write(Pa, usize, u64),
     /// Host TLBs forgot an IPA.
     InvalidateHost(Ipa),
+    /// The SMMU's TLB forgot an IPA.
+    InvalidateDevices(Ipa),
     /// A guest's TLBs forgot an IPA.
     InvalidateGuest(u64, Ipa),
     /// A guest's TLBs forgot everything.
@@ -46,8 +49,9 @@ pub enum Event {
     Copy(Pa),
 }
 
-/// A stage-2 that some CPU can use.
+/// A stage-2 that some CPU, or the SMMU, can use.
 struct World {
+    /// For the SMMU: the root alone, as for the host.
     vttbr: u64,
     /// CPUs that use it now.
     loaded: u32,
@@ -97,7 +101,10 @@ struct State {
     memory: Memory,
     events: Vec<Event>,
     worlds: Vec<World>,
-    tables: PageMap<Table>,
+    /// The tables of CPUs, and of the SMMU.
+    tables: [PageMap<Table>; 2],
+    /// Root of the SMMU's.
+    devices: Option<u64>,
     stale: Vec<Stale>,
 }
 
@@ -135,8 +142,15 @@ impl State {
         words.iter().map(|w| Entry(*w)).enumerate().filter(|(_, e)| e.is_valid()).collect()
     }
 
+    fn tables(&mut self, vttbr: u64) -> &mut PageMap<Table> {
+        &mut self.tables[usize::from(self.devices == Some(vttbr))]
+    }
+
     fn add_table(&mut self, page: u64, table: Table) {
-        assert!(self.tables.insert(page, table).is_none(), "table {page:#x} is linked twice");
+        assert!(
+            self.tables(table.vttbr).insert(page, table).is_none(),
+            "table {page:#x} is linked twice"
+        );
         for (i, entry) in self.entries(page) {
             if table.is_pointer(entry) {
                 let (base, _) = table.entry(i);
@@ -154,7 +168,7 @@ impl State {
             let to_size = if pointer { PAGE_SIZE } else { size };
             self.stale.push(Stale { vttbr: table.vttbr, ipa, size, to, to_size });
         }
-        if pointer && let Some(next) = self.tables.remove(&to) {
+        if pointer && let Some(next) = self.tables(table.vttbr).remove(&to) {
             for (i, entry) in self.entries(to) {
                 self.forget(next, i, entry);
             }
@@ -167,12 +181,13 @@ impl State {
 
     /// Nothing may translate to `page` or walk through it.
     fn check_unused(&self, page: u64, what: &str) {
-        assert!(!self.tables.contains_key(&page), "{what} {page:#x}: a table in use");
+        let mut tables = self.tables.iter();
+        assert!(!tables.any(|t| t.contains_key(&page)), "{what} {page:#x}: a table in use");
         let at_page = |s: &&Stale| s.to <= page && page - s.to < s.to_size;
         if let Some(stale) = self.stale.iter().find(at_page) {
             panic!("{what} {page:#x}: a TLB still knows it: {stale:x?}");
         }
-        for (at, table) in &self.tables {
+        for (at, table) in self.tables.iter().flatten() {
             for (i, entry) in self.entries(*at) {
                 let (ipa, size) = table.entry(i);
                 let to = entry.address().0;
@@ -186,10 +201,17 @@ impl State {
         let (page, slot) = split(table, i);
         let (old, new) = (Entry(self.get(page, slot)), Entry(value));
         self.memory.entry(page).or_insert_with(|| Box::new([0; 512]))[slot] = value;
-        let Some(table) = self.tables.get(&page).copied() else {
+        let tables = self.tables.each_ref().map(|t| t.get(&page).copied());
+        if tables.iter().all(Option::is_none) {
             self.check_unused(page, "write to");
-            return;
-        };
+        }
+        for table in tables.into_iter().flatten() {
+            self.change(table, slot, old, new);
+        }
+    }
+
+    /// An entry of a stage-2 changed.
+    fn change(&mut self, table: Table, slot: usize, old: Entry, new: Entry) {
         let (ipa, size) = table.entry(slot);
         if old.is_valid() && old != new {
             assert!(
@@ -211,6 +233,13 @@ impl State {
             }
         }
     }
+
+    /// What is remembered of `ipa` in these worlds is forgotten.
+    fn invalidate(&mut self, ipa: Ipa, worlds: impl Fn(&Self, u64) -> bool) {
+        let mut stale = std::mem::take(&mut self.stale);
+        stale.retain(|s| !worlds(self, s.vttbr) || ipa.0 < s.ipa || ipa.0 - s.ipa >= s.size);
+        self.stale = stale;
+    }
 }
 
 #[derive(Default)]
@@ -231,6 +260,13 @@ impl FakeHardware {
         for (page, base) in [(root, 0), (root + PAGE_SIZE, 512 * LEVEL1_SIZE)] {
             state.add_table(page, Table { vttbr, level: 1, base });
         }
+    }
+
+    /// From now on devices use the stage-2 with this root.
+    pub fn watch_devices(&self, root: Pa) {
+        self.state().devices = Some(root.0);
+        self.watch(root.0);
+        self.load(root.0);
     }
 
     /// A CPU uses this stage-2.
@@ -311,13 +347,19 @@ impl Hardware for FakeHardware {
 
     fn invalidate_host(&self, ipa: Ipa) {
         let mut state = self.state();
-        state.stale.retain(|s| s.vttbr >> 48 != 0 || ipa.0 < s.ipa || ipa.0 - s.ipa >= s.size);
+        state.invalidate(ipa, |state, world| world >> 48 == 0 && state.devices != Some(world));
         state.events.push(Event::InvalidateHost(ipa));
+    }
+
+    fn invalidate_devices(&self, ipa: Ipa) {
+        let mut state = self.state();
+        state.invalidate(ipa, |state, world| state.devices == Some(world));
+        state.events.push(Event::InvalidateDevices(ipa));
     }
 
     fn invalidate_guest(&self, vttbr: u64, ipa: Ipa) {
         let mut state = self.state();
-        state.stale.retain(|s| s.vttbr != vttbr || ipa.0 < s.ipa || ipa.0 - s.ipa >= s.size);
+        state.invalidate(ipa, |_, world| world == vttbr);
         state.events.push(Event::InvalidateGuest(vttbr, ipa));
     }
 
@@ -384,6 +426,7 @@ impl<'a> FakeMachine<'a> {
         }
         hw.watch(host.root().0);
         hw.load(host.root().0);
+        hw.watch_devices(host.devices_root());
         for slot in 0..3 {
             hw.watch(stage2::vttbr(root(VmSlot(slot)), VmSlot(slot).vmid()));
         }
@@ -454,6 +497,45 @@ mod tests {
         hw.invalidate_guest_all(VTTBR);
         assert_eq!(hw.stale(), Vec::new());
         hw.zero_page(LEVEL3);
+    }
+
+    /// A level 3 table that the host and devices share: what one forgets, the
+    /// other may still hold.
+    fn shared_table() -> FakeHardware {
+        let hw = FakeHardware::default();
+        let roots = [BASE + carveout::HOST_ROOT, BASE + carveout::SMMU_ROOT];
+        hw.write_entry(LEVEL3, 7, Entry::page(PAGE, Attributes::Memory).0);
+        for (root, level2) in roots.into_iter().zip([LEVEL2, LEVEL2.offset(0x10_0000)]) {
+            hw.write_entry(level2, 0, Entry::table(LEVEL3).0);
+            hw.write_entry(Pa(root), 0, Entry::table(level2).0);
+        }
+        hw.watch(roots[0]);
+        hw.load(roots[0]);
+        hw.watch_devices(Pa(roots[1]));
+        hw
+    }
+
+    #[test]
+    fn a_shared_table_leaves_two_translations() {
+        let hw = shared_table();
+        hw.write_entry(LEVEL3, 7, 0);
+        assert_eq!(hw.stale().len(), 2);
+        hw.invalidate_host(Ipa(0x7000));
+        assert_eq!(hw.stale().len(), 1);
+        hw.invalidate_devices(Ipa(0x6000));
+        assert_eq!(hw.stale().len(), 1);
+        hw.invalidate_devices(Ipa(0x7000));
+        assert_eq!(hw.stale(), Vec::new());
+        hw.zero_page(PAGE);
+    }
+
+    #[test]
+    #[should_panic(expected = "a TLB still knows it")]
+    fn a_page_that_the_smmu_still_knows_is_seen() {
+        let hw = shared_table();
+        hw.write_entry(LEVEL3, 7, 0);
+        hw.invalidate_host(Ipa(0x7000));
+        hw.zero_page(PAGE);
     }
 
     #[test]

@@ -3,15 +3,20 @@
 //! allow-listed device windows. A page that leaves the host is replaced by the
 //! zero frame, read only (I2's exception); blocks are split where they must be.
 //!
-//! The table that splits a block has its fixed place in the carve-out, so a
-//! split can't fail. All changes go through break-before-make (Arm ARM D8.17):
+//! Every 2 MiB of RAM have their level 3 table, at a fixed place in the carve-out
+//! and filled from boot on. The devices' stage-2 (the SMMU's) always leads to these
+//! tables; the CPUs' does once a block was split. So a page comes and goes for both
+//! with one entry, a split can't fail, and it never touches what devices use
+//! (docs/decisions/0005).
+//!
+//! All changes go through break-before-make (Arm ARM D8.17):
 //! the block is invalid for a moment, in which other CPUs of the host may fault;
 //! [`HostMap::resolve`] tells them to try again.
 
 use havmsi_abi::layout::{BLOCK_SIZE, carveout};
 use havmsi_abi::{Error, PAGE_SIZE};
 
-use crate::addr::{Ipa, Pa};
+use crate::addr::{Ipa, Pa, index};
 use crate::hw::Hardware;
 use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages};
 use crate::ram::{Ram, Range};
@@ -67,30 +72,12 @@ impl HostMap {
             {
                 return Err(Error::Invalid);
             }
-            let mut at = bank.base + skip;
-            while at < end {
-                // Also where a block needs no table yet: splitting it must not fail.
-                let table = map.level2_table(Pa(at)).ok_or(Error::Invalid)?;
-                let whole = at.is_multiple_of(LEVEL1_SIZE) && end - at >= LEVEL1_SIZE;
-                if whole {
-                    let entry = Entry::block(Pa(at), Attributes::Memory);
-                    hw.write_entry(map.root(), level1_index(Ipa(at)), entry.0);
-                    at += LEVEL1_SIZE;
-                } else {
-                    hw.write_entry(map.root(), level1_index(Ipa(at)), Entry::table(table).0);
-                    let entry = Entry::block(Pa(at), Attributes::Memory);
-                    hw.write_entry(table, level2_index(Ipa(at)), entry.0);
-                    at += LEVEL2_SIZE;
-                }
+            for at in (bank.base + skip..end).step_by(index(LEVEL2_SIZE)) {
+                map.add_ram(hw, Pa(at), Range { base: bank.base + skip, size: bank.size - skip })?;
             }
         }
         for window in devices {
-            if !window.base.is_multiple_of(PAGE_SIZE) || !window.size.is_multiple_of(PAGE_SIZE) {
-                return Err(Error::Invalid);
-            }
-            for at in (0..window.size).step_by(4096) {
-                map.add_device_page(hw, Pa(window.base + at))?;
-            }
+            map.add_device(hw, window)?;
         }
         Ok(map)
     }
@@ -99,6 +86,12 @@ impl HostMap {
     #[must_use]
     pub const fn root(&self) -> Pa {
         self.carveout.offset(carveout::HOST_ROOT)
+    }
+
+    /// The root table of the devices' stage-2.
+    #[must_use]
+    pub const fn devices_root(&self) -> Pa {
+        self.carveout.offset(carveout::SMMU_ROOT)
     }
 
     pub(crate) const fn zero_frame(&self) -> Pa {
@@ -116,98 +109,137 @@ impl HostMap {
         banks.any(|bank| bank.overlaps(&first))
     }
 
-    /// The place of the level 2 table for the GiB of RAM around `pa`: the
-    /// GiBs are counted from the bottom of each bank.
-    fn level2_table(&self, pa: Pa) -> Option<Pa> {
+    /// The number of the GiB of RAM around `pa`, and so of its level 2 tables:
+    /// the GiBs are counted from the bottom of each bank.
+    fn gib_number(&self, pa: Pa) -> Option<u64> {
         let mut number = 0;
         for bank in self.ram.banks() {
             let first = bank.base / LEVEL1_SIZE;
             if bank.contains(pa.0, 1) {
                 number += pa.0 / LEVEL1_SIZE - first;
-                return (number < carveout::LEVEL2_TABLE_COUNT)
-                    .then(|| self.carveout.offset(carveout::LEVEL2_TABLES + number * PAGE_SIZE));
+                return (number < carveout::LEVEL2_TABLE_COUNT).then_some(number);
             }
             number += (bank.base + bank.size).div_ceil(LEVEL1_SIZE) - first;
         }
         None
     }
 
+    /// The place of the CPUs' level 2 table for the GiB of RAM around `pa`.
+    fn level2_table(&self, pa: Pa) -> Option<Pa> {
+        let number = self.gib_number(pa)?;
+        Some(self.carveout.offset(carveout::LEVEL2_TABLES + number * PAGE_SIZE))
+    }
+
+    /// The same for the devices.
+    fn devices_level2_table(&self, pa: Pa) -> Option<Pa> {
+        let number = self.gib_number(pa)?;
+        Some(self.carveout.offset(carveout::SMMU_LEVEL2_TABLES + number * PAGE_SIZE))
+    }
+
     /// The place of the level 3 table for the 2 MiB of RAM around `pa`.
-    fn level3_table(&self, pa: Pa) -> Option<Pa> {
+    pub(crate) fn level3_table(&self, pa: Pa) -> Option<Pa> {
         let block = Pa(pa.0 / LEVEL2_SIZE * LEVEL2_SIZE);
         let number = self.ram.page_index(block)? / ENTRIES;
         Some(self.carveout.offset(carveout::LEVEL3_TABLES + number as u64 * PAGE_SIZE))
     }
 
-    fn next_device_table(&mut self) -> Result<Pa, Error> {
+    /// At boot: maps 2 MiB of `ram` at `pa`, for CPUs and devices.
+    fn add_ram(&self, hw: &impl Hardware, pa: Pa, ram: Range) -> Result<(), Error> {
+        let level2 = self.level2_table(pa).ok_or(Error::Invalid)?;
+        let devices_level2 = self.devices_level2_table(pa).ok_or(Error::Invalid)?;
+        let level3 = self.level3_table(pa).ok_or(Error::Invalid)?;
+        for i in 0..ENTRIES {
+            let entry = Entry::page(pa.offset(i as u64 * PAGE_SIZE), Attributes::Memory);
+            hw.write_entry(level3, i, entry.0);
+        }
+        let ipa = Ipa(pa.0);
+        let block = Entry::block(pa, Attributes::Memory);
+        hw.write_entry(level2, level2_index(ipa), block.0);
+        hw.write_entry(devices_level2, level2_index(ipa), Entry::table(level3).0);
+        let gib = Pa(pa.0 / LEVEL1_SIZE * LEVEL1_SIZE);
+        let around = if ram.contains(gib.0, LEVEL1_SIZE) {
+            Entry::block(gib, Attributes::Memory)
+        } else {
+            Entry::table(level2)
+        };
+        hw.write_entry(self.root(), level1_index(ipa), around.0);
+        hw.write_entry(self.devices_root(), level1_index(ipa), Entry::table(devices_level2).0);
+        Ok(())
+    }
+
+    /// At boot: maps a device window, for CPUs only.
+    fn add_device(&mut self, hw: &impl Hardware, window: Range) -> Result<(), Error> {
+        let end = window.base.checked_add(window.size).ok_or(Error::Invalid)?;
+        if !window.base.is_multiple_of(PAGE_SIZE)
+            || !window.size.is_multiple_of(PAGE_SIZE)
+            || end > 1 << havmsi_abi::MAX_IPA_BITS
+            || self.ram.banks().iter().any(|bank| bank.overlaps(&window))
+        {
+            return Err(Error::Invalid);
+        }
+        let mut at = window.base;
+        while at < end {
+            let ipa = Ipa(at);
+            let level2 = self.device_table(hw, self.root(), level1_index(ipa))?;
+            if at.is_multiple_of(LEVEL2_SIZE) && end - at >= LEVEL2_SIZE {
+                let entry = Entry::block(Pa(at), Attributes::Device);
+                hw.write_entry(level2, level2_index(ipa), entry.0);
+                at += LEVEL2_SIZE;
+            } else {
+                let level3 = self.device_table(hw, level2, level2_index(ipa))?;
+                let entry = Entry::page(Pa(at), Attributes::Device);
+                hw.write_entry(level3, level3_index(ipa), entry.0);
+                at += PAGE_SIZE;
+            }
+        }
+        Ok(())
+    }
+
+    /// The table that an entry leads to: a new one if it is still invalid.
+    fn device_table(&mut self, hw: &impl Hardware, table: Pa, slot: usize) -> Result<Pa, Error> {
+        let entry = Entry(hw.read_entry(table, slot));
+        if entry.is_block() {
+            return Err(Error::Invalid);
+        }
+        if entry.is_valid() {
+            return Ok(entry.address());
+        }
         if self.device_tables >= carveout::DEVICE_TABLE_COUNT {
             return Err(Error::Invalid);
         }
         let at = carveout::DEVICE_TABLES + self.device_tables * PAGE_SIZE;
         self.device_tables += 1;
-        Ok(self.carveout.offset(at))
+        let next = self.carveout.offset(at);
+        hw.write_entry(table, slot, Entry::table(next).0);
+        Ok(next)
     }
 
-    fn add_device_page(&mut self, hw: &impl Hardware, pa: Pa) -> Result<(), Error> {
-        let ipa = Ipa(pa.0);
-        let page = Range { base: pa.0, size: PAGE_SIZE };
-        if pa.0 >= 1 << havmsi_abi::MAX_IPA_BITS
-            || self.ram.banks().iter().any(|bank| bank.overlaps(&page))
-        {
-            return Err(Error::Invalid);
-        }
-        let mut table = self.root();
-        for slot in [level1_index(ipa), level2_index(ipa)] {
-            let entry = Entry(hw.read_entry(table, slot));
-            if entry.is_block() {
-                return Err(Error::Invalid);
-            }
-            if entry.is_valid() {
-                table = entry.address();
-            } else {
-                let next = self.next_device_table()?;
-                hw.write_entry(table, slot, Entry::table(next).0);
-                table = next;
-            }
-        }
-        hw.write_entry(table, level3_index(ipa), Entry::page(pa, Attributes::Device).0);
-        Ok(())
-    }
-
-    /// The level 3 table that maps `pa`, splitting blocks on the way.
+    /// The level 3 table that maps `pa`, splitting the CPUs' blocks on the way.
     #[expect(clippy::needless_pass_by_ref_mut, reason = "writes tables: needs the lock")]
     fn split_to_page(&mut self, hw: &impl Hardware, pa: Pa) -> Result<Pa, Error> {
         let ipa = Ipa(pa.0);
         let level2 = self.level2_table(pa).ok_or(Error::Denied)?;
         let level3 = self.level3_table(pa).ok_or(Error::Denied)?;
-        let root = self.root();
-        for (table, slot, next, size) in [
-            (root, level1_index(ipa), level2, LEVEL1_SIZE),
-            (level2, level2_index(ipa), level3, LEVEL2_SIZE),
-        ] {
-            if !Entry(hw.read_entry(table, slot)).is_block() {
-                continue;
+        for (table, slot, next) in
+            [(self.root(), level1_index(ipa), level2), (level2, level2_index(ipa), level3)]
+        {
+            if Entry(hw.read_entry(table, slot)).is_block() {
+                hw.write_entry(table, slot, Entry::INVALID.0);
+                hw.invalidate_host(ipa);
+                hw.write_entry(table, slot, Entry::table(next).0);
             }
-            let base = pa.0 / size * size;
-            let step = size / ENTRIES as u64;
-            for i in 0..ENTRIES {
-                let at = Pa(base + i as u64 * step);
-                let entry = if size == LEVEL1_SIZE {
-                    Entry::block(at, Attributes::Memory)
-                } else {
-                    Entry::page(at, Attributes::Memory)
-                };
-                hw.write_entry(next, i, entry.0);
-            }
-            hw.write_entry(table, slot, Entry::INVALID.0);
-            hw.invalidate_host(ipa);
-            hw.write_entry(table, slot, Entry::table(next).0);
         }
         Ok(level3)
     }
 
-    /// Takes a host page out of the host's map and all TLBs. If the host reads
-    /// there it finds zeros ([`Self::resolve`]).
+    /// No TLB of a CPU or of the SMMU holds anything of a page any more.
+    fn invalidate(hw: &impl Hardware, ipa: Ipa) {
+        hw.invalidate_host(ipa);
+        hw.invalidate_devices(ipa);
+    }
+
+    /// Takes a host page out of the host's map, the devices' and all TLBs. If the
+    /// host reads there it finds zeros ([`Self::resolve`]).
     ///
     /// # Errors
     /// [`Error::Denied`], with the page given back, if no table can map it
@@ -225,7 +257,7 @@ impl HostMap {
             Ok(table) => {
                 hw.write_entry(table, level3_index(ipa), Entry::HIDDEN.0);
                 left_out!(HostTlb => return Ok(page.isolated()));
-                hw.invalidate_host(ipa);
+                Self::invalidate(hw, ipa);
                 Ok(page.isolated())
             }
             Err(error) => {
@@ -235,7 +267,7 @@ impl HostMap {
         }
     }
 
-    /// Gives a page to the host: maps it and settles it.
+    /// Gives a page to the host: maps it, for devices as well, and settles it.
     pub fn show(&mut self, hw: &impl Hardware, pages: &Pages<'_>, page: Page<Clean>) {
         let ipa = Ipa(page.pa().0);
         // Every page that was hidden has its tables.
@@ -245,7 +277,7 @@ impl HostMap {
         // frame, if the host looked there, must go first.
         if Entry(hw.read_entry(table, slot)).is_valid() {
             hw.write_entry(table, slot, Entry::INVALID.0);
-            hw.invalidate_host(ipa);
+            Self::invalidate(hw, ipa);
         }
         hw.write_entry(table, slot, Entry::page(page.pa(), Attributes::Memory).0);
         pages.settle(page, Owner::Host);

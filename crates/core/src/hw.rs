@@ -12,7 +12,8 @@ pub trait Hardware {
     fn read_entry(&self, table: Pa, index: usize) -> u64;
 
     /// Writes a translation table entry with 64-bit single-copy atomicity and
-    /// makes it observable to the table walkers of all CPUs (DSB ISHST).
+    /// makes it observable to the table walkers of all CPUs (DSB ISHST). For
+    /// the SMMU's, what has become invalid is so by [`Self::invalidate_devices`].
     fn write_entry(&self, table: Pa, index: usize, value: u64);
 
     /// Fills a page with zeros and cleans and invalidates it to the point of
@@ -30,7 +31,11 @@ pub trait Hardware {
     /// combined stage-1 and stage-2 entries included.
     fn invalidate_host(&self, ipa: Ipa);
 
-    /// The same for the stage-2 whose `VTTBR_EL2` is given.
+    /// Removes what the SMMU holds for `ipa` in the devices' stage-2, and waits
+    /// until all that devices have sent by what it held has arrived.
+    fn invalidate_devices(&self, ipa: Ipa);
+
+    /// Removes what any TLB holds for `ipa` in the stage-2 whose `VTTBR_EL2` is given.
     fn invalidate_guest(&self, vttbr: u64, ipa: Ipa);
 
     /// Removes all that any TLB holds for the stage-2 whose `VTTBR_EL2` is given.

@@ -23,6 +23,7 @@ pub mod phys;
 pub mod pl011;
 #[cfg(feature = "qemu")]
 pub mod pl061;
+pub mod smmu;
 pub mod sysreg;
 pub mod tlb;
 pub mod vgic;

@@ -4,13 +4,16 @@
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::hw::Hardware;
 
+use crate::smmu::Smmu;
 use crate::{barrier, cache, phys, tlb};
 
-/// This machine. Zero-sized but for the host's `VTTBR_EL2`.
+/// This machine.
 #[derive(Clone, Copy)]
 pub struct Machine {
     /// `VTTBR_EL2` of the host's stage-2.
     pub host_vttbr: u64,
+    /// The SMMU; without one the host has no device that masters the bus.
+    pub smmu: Option<Smmu>,
 }
 
 impl Hardware for Machine {
@@ -37,6 +40,13 @@ impl Hardware for Machine {
 
     fn invalidate_host(&self, _ipa: Ipa) {
         tlb::invalidate_vmid(self.host_vttbr);
+    }
+
+    /// The lock of the host's map keeps other CPUs from the SMMU.
+    fn invalidate_devices(&self, ipa: Ipa) {
+        if let Some(smmu) = &self.smmu {
+            smmu.invalidate(ipa);
+        }
     }
 
     fn invalidate_guest(&self, vttbr: u64, _ipa: Ipa) {

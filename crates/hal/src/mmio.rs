@@ -37,6 +37,12 @@ impl Registers {
         unsafe { at.write_volatile(value) }
     }
 
+    pub(crate) fn write64(self, offset: usize, value: u64) {
+        let at = with_exposed_provenance_mut::<u64>(self.address(offset, 8));
+        // SAFETY: within the window and aligned; the window is a device (`new`).
+        unsafe { at.write_volatile(value) }
+    }
+
     #[cfg(feature = "qemu")]
     pub(crate) fn write16(self, offset: usize, value: u16) {
         let at = with_exposed_provenance_mut::<u16>(self.address(offset, 2));

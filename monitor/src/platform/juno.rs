@@ -11,6 +11,7 @@ use havmsi_hal::barrier;
 use havmsi_hal::css::{Cci, Counter, Scp, System, Trng};
 use havmsi_hal::gic::Gic;
 use havmsi_hal::pl011::Uart;
+use havmsi_hal::smmu::Smmu;
 use havmsi_hal::sysreg::{cntfrq_el0, l2ctlr_el1};
 
 use super::Facts;
@@ -78,6 +79,12 @@ const fn scp() -> Scp {
 pub fn gic() -> Gic {
     // SAFETY: `EL3_DEVICES` covers the GIC-400.
     unsafe { Gic::v2(DISTRIBUTOR, GICC, GICH) }
+}
+
+/// There is none of version 3: docs/porting.md.
+#[must_use]
+pub const fn smmu() -> Option<Smmu> {
+    None
 }
 
 /// Asks the board.

@@ -7,6 +7,7 @@ use havmsi_hal::fw_cfg::FwCfg;
 use havmsi_hal::gic::{Gic, REDISTRIBUTOR_SIZE};
 use havmsi_hal::pl011::Uart;
 use havmsi_hal::pl061::Gpio;
+use havmsi_hal::smmu::Smmu;
 use havmsi_hal::sysreg::id_aa64pfr0_el1;
 
 use super::Facts;
@@ -25,7 +26,7 @@ pub const SECURE_RAM_SIZE: u64 = 16 << 20;
 const RAM_BASE: u64 = 0x4000_0000;
 
 /// Windows of devices that EL3 uses, in 2 MiB steps: the interrupt controller
-/// (all of 8 CPUs' redistributors), then UARTs, fw_cfg and GPIO.
+/// (all of 8 CPUs' redistributors), then UARTs, fw_cfg, SMMU and GPIO.
 pub const EL3_DEVICES: [Range; 2] =
     [Range { base: 0x0800_0000, size: 2 << 20 }, Range { base: 0x0900_0000, size: 2 << 20 }];
 
@@ -36,6 +37,7 @@ const GICH: usize = 0x0803_0000;
 pub const GICV: u64 = 0x0804_0000;
 const REDISTRIBUTORS: usize = 0x080a_0000;
 const FW_CFG: usize = 0x0902_0000;
+const SMMU: usize = 0x0905_0000;
 const SECURE_UART: usize = 0x0904_0000;
 const SECURE_GPIO: usize = 0x090b_0000;
 const PIN_POWER_OFF: u32 = 0;
@@ -67,6 +69,14 @@ pub fn gic() -> Gic {
         // SAFETY: `EL3_DEVICES` covers them, and without GICv3 it is a GICv2.
         unsafe { Gic::v2(DISTRIBUTOR, GICC, GICH) }
     }
+}
+
+/// Takes the SMMU over that all of PCI is behind (`iommu=smmuv3`); without it the
+/// first access aborts, and the machine stays where it is.
+#[must_use]
+pub fn smmu() -> Option<Smmu> {
+    // SAFETY: `EL3_DEVICES` covers the SMMU of the virt machine.
+    Some(unsafe { Smmu::take(SMMU) })
 }
 
 /// Asks the board.
@@ -133,15 +143,16 @@ pub fn emulated_redistributor(ipa: u64, cpus: usize) -> Option<usize> {
     (offset < cpus * REDISTRIBUTOR_SIZE && offset % REDISTRIBUTOR_SIZE < 0x1000).then_some(offset)
 }
 
-/// The devices that the host may use. Nothing here can write memory: no
-/// fw_cfg (its DMA register), no virtio, and of each redistributor not the
-/// page with PROPBASER and PENDBASER.
+/// The devices that the host may use. Nothing here can write memory but what is
+/// on PCI, behind the SMMU: no fw_cfg (its DMA register), no virtio-mmio, and of
+/// each redistributor not the page with PROPBASER and PENDBASER.
 pub fn host_devices(cpus: usize, gic_version: u64) -> impl Iterator<Item = Range> {
     let v3 = gic_version == 3;
     let common = [
         Range { base: 0x0800_0000, size: 0x1_0000 }, // distributor
         Range { base: 0x0900_0000, size: 0x1000 },   // UART
         Range { base: 0x0901_0000, size: 0x1000 },   // clock
+        Range { base: 0x1000_0000, size: 0x3000_0000 }, // PCI: memory, ports, configuration
     ];
     let v2 = [Range { base: GICC as u64, size: 0x2000 }];
     let redistributors = (0..cpus).map(|cpu| Range {

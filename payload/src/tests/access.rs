@@ -36,6 +36,10 @@ fn carve_out() -> Outcome {
         carveout::HOST_ROOT + 0x1000,
         carveout::DEVICE_TABLES,
         carveout::LEVEL2_TABLES,
+        carveout::SMMU_LEVEL2_TABLES,
+        carveout::SMMU_ROOT,
+        carveout::SMMU_STREAMS,
+        carveout::SMMU_COMMANDS,
         carveout::VM_ROOTS,
         carveout::LEVEL3_TABLES,
         size / 2,
@@ -78,10 +82,7 @@ fn the_rest_of_the_machine() -> Outcome {
         0x0e10_0000,
         0x0eff_fff0,
         0x0f00_0000,
-        0x1000_0000,
-        0x3eff_0000,
-        0x3f00_0000,
-        RAM_BASE - 0x1000,
+        0x0fff_f000,
         RAM_BASE + RAM_SIZE,
         0xffff_f000,
         0x2_0000_0000,
@@ -93,7 +94,7 @@ fn the_rest_of_the_machine() -> Outcome {
     }
     // Both ends of RAM, and the devices that are the host's.
     peek(RAM_BASE + RAM_SIZE - 8)?;
-    for at in [0x0800_0000, 0x0900_0018, 0x0901_0000, 0x0900_0fe0, 0x0901_0fe0] {
+    for at in [0x0800_0000, 0x0900_0018, 0x0901_0000, 0x0900_0fe0, 0x0901_0fe0, 0x3f00_0000] {
         peek32(at)?;
     }
     Ok(())

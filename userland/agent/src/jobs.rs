@@ -296,11 +296,14 @@ pub fn cpus() -> usize {
 
 fn shell() -> End {
     out::line("A shell on the host; `exit` powers the machine off.");
-    let install = Command::new("/bin/busybox").args(["--install", "-s", "/bin"]).status();
+    // The root is read-only.
+    let made = std::fs::create_dir_all("/tmp/bin");
+    made.map_err(|e| format!("/tmp/bin: {e}"))?;
+    let install = Command::new("/bin/busybox").args(["--install", "-s", "/tmp/bin"]).status();
     install.map_err(|e| format!("/bin/busybox: {e}"))?;
     let status = Command::new("/bin/busybox")
         .args(["setsid", "-c", "/bin/busybox", "sh", "-l"])
-        .env("PATH", "/bin:/usr/bin:/sbin:/usr/sbin:/havmsi")
+        .env("PATH", "/bin:/usr/bin:/tmp/bin:/havmsi")
         .env("HOME", "/")
         .env("PS1", "host# ")
         .status()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The audit finds what is broken, one thing at a time.
 use super::*;
-use crate::fake::{BASE, FakeMachine, PAGES, UART, host_page, records, root};
+use crate::fake::{BANK2, BASE, CARVEOUT, FakeMachine, PAGES, UART, host_page, records, root};
 use crate::launch::{Boot, Config};
 use crate::stage2::{level1_index, level2_index, level3_index};
 use crate::vm::Machine as _;
@@ -14,7 +14,7 @@ const SLOT: VmSlot = VmSlot(1);
 fn audit(m: &FakeMachine<'_>, vms: &[&Vm]) -> Result<(), Violation> {
     let mut scratch = [!0; PAGES / 64];
     let mut audit = Audit::new(&m.hw, &m.pages, &mut scratch)?;
-    m.with_host_map(|map| audit.host(map))?;
+    m.with_host_map(|map| audit.host(map).and_then(|()| audit.devices(map)))?;
     for vm in vms {
         audit.vm(vm)?;
     }
@@ -121,6 +121,50 @@ fn the_hosts_map_is_checked_leaf_by_leaf() {
         (root, 5, m.hw.peek(root, 1))
     });
     assert!(matches!(twice, Violation::UsedTwice(_)));
+}
+
+#[test]
+fn the_devices_stage_2_is_checked() {
+    let own = host_page(4);
+    // The first bank's second block is split, the far bank's only one not yet.
+    let m_records = records();
+    let m = FakeMachine::new(&m_records);
+    assert_eq!(audit(&m, &[]), Ok(()));
+    let level3 = m.with_host_map(|map| map.level3_table(Pa(BANK2))).unwrap();
+    for entry in [Entry::page(own, Attributes::Memory), Entry::HIDDEN, Entry::INVALID] {
+        let was = m.hw.peek(level3, 511);
+        m.hw.poke(level3, 511, entry.0);
+        let to = Entry::table(level3);
+        assert_eq!(audit(&m, &[]), Err(Violation::DevicesEntry(Ipa(BANK2), to)));
+        m.hw.poke(level3, 511, was);
+    }
+    let with_entry = |level: usize, at: u64, entry: Entry| {
+        with_word(|m, _| {
+            let root = m.with_host_map(|map| map.devices_root());
+            if level == 1 {
+                return (root, level1_index(Ipa(at)), entry.0);
+            }
+            let level2 = Entry(m.hw.peek(root, level1_index(Ipa(at)))).address();
+            (level2, level2_index(Ipa(at)), entry.0)
+        })
+    };
+    let violation = |at, entry| Violation::DevicesEntry(Ipa(at), entry);
+    let block = Entry::block(Pa(1 << 30), Attributes::Memory);
+    assert_eq!(with_entry(1, 1 << 30, block), violation(1 << 30, block));
+    let block = Entry::block(Pa(0), Attributes::Device);
+    assert_eq!(with_entry(1, 0, block), violation(0, block));
+    let table = Entry::table(own);
+    assert_eq!(with_entry(1, 0, table), Violation::TableOwner(own));
+    // The carve-out, RAM in a block, RAM missing, beyond RAM, the wrong table.
+    for (at, entry) in [
+        (BASE, Entry::block(Pa(BASE), Attributes::Memory)),
+        (BASE + CARVEOUT, Entry::block(Pa(BASE + CARVEOUT), Attributes::Memory)),
+        (BASE + CARVEOUT, Entry::INVALID),
+        (BASE + (6 << 20), Entry::table(level3)),
+        (BANK2, Entry::table(own)),
+    ] {
+        assert_eq!(with_entry(2, at, entry), violation(at, entry));
+    }
 }
 
 #[test]

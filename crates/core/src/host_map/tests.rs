@@ -23,14 +23,18 @@ fn one_bank(size: u64) -> Ram {
     Ram::new([range(BASE, size), Range::default()])
 }
 
-fn build(hw: &FakeHardware, ram: Ram, devices: &[Range]) -> Result<HostMap, Error> {
+fn build(hw: &impl Hardware, ram: Ram, devices: &[Range]) -> Result<HostMap, Error> {
     let size = carveout_size(ram.page_count() * PAGE_SIZE);
     HostMap::new(hw, ram, size, devices.iter().copied())
 }
 
 /// The entry at each level for an address.
 fn walk(hw: &FakeHardware, map: &HostMap, at: u64) -> Vec<Entry> {
-    let mut table = map.root();
+    walk_from(hw, map.root(), at)
+}
+
+fn walk_from(hw: &FakeHardware, root: Pa, at: u64) -> Vec<Entry> {
+    let mut table = root;
     let ipa = Ipa(at);
     let mut path = vec![];
     for slot in [level1_index(ipa), level2_index(ipa), level3_index(ipa)] {
@@ -116,9 +120,26 @@ fn large_ram_is_mapped_in_gib_blocks_where_it_can() {
     assert_eq!(map.level3_table(Pa(BASE - 1)), None);
 }
 
+/// Tables that nobody looks at: the fake's memory would take all of the build machine's.
+struct Nowhere;
+
+impl Hardware for Nowhere {
+    fn read_entry(&self, _table: Pa, _index: usize) -> u64 {
+        0
+    }
+    fn write_entry(&self, _table: Pa, _index: usize, _value: u64) {}
+    fn zero_page(&self, _page: Pa) {}
+    fn copy_page(&self, _page: Pa, _to: &mut [u8; 4096]) {}
+    fn invalidate_icache(&self) {}
+    fn invalidate_host(&self, _ipa: Ipa) {}
+    fn invalidate_devices(&self, _ipa: Ipa) {}
+    fn invalidate_guest(&self, _vttbr: u64, _ipa: Ipa) {}
+    fn invalidate_guest_all(&self, _vttbr: u64) {}
+}
+
 #[test]
 fn a_platform_that_tables_cannot_hold_is_refused() {
-    let hw = FakeHardware::default();
+    let hw = Nowhere;
     let none = Range::default();
     let bad = |banks| build(&hw, Ram::new(banks), &[]).err();
     assert_eq!(bad([range(BASE + MIB, 16 * MIB), none]), Some(Error::Invalid));
@@ -162,9 +183,90 @@ fn a_device_window_never_lies_in_ram() {
     assert_eq!(bad(range(1 << 40, PAGE_SIZE)), invalid);
     assert_eq!(bad(range(BASE + 16 * MIB, PAGE_SIZE)), None);
     assert_eq!(bad(range(BASE - PAGE_SIZE, PAGE_SIZE)), None);
-    // 28 tables: one for the GiB, one for each 2 MiB.
-    assert_eq!(bad(range(0, 54 * MIB)), None);
-    assert_eq!(bad(range(0, 54 * MIB + PAGE_SIZE)), invalid);
+    assert_eq!(bad(range(u64::MAX - PAGE_SIZE + 1, PAGE_SIZE)), invalid);
+}
+
+#[test]
+fn device_windows_take_blocks_where_they_can() {
+    let hw = FakeHardware::default();
+    let at = 0x1000_0000;
+    let window = range(at - PAGE_SIZE, 4 * MIB + 2 * PAGE_SIZE);
+    let map = build(&hw, one_bank(16 * MIB), &[window]).unwrap();
+    for (at, size) in [
+        (at - PAGE_SIZE, PAGE_SIZE),
+        (at, 2 * MIB),
+        (at + 2 * MIB, 2 * MIB),
+        (at + 4 * MIB, PAGE_SIZE),
+    ] {
+        let leaf = if size == PAGE_SIZE {
+            Entry::page(Pa(at), Attributes::Device)
+        } else {
+            Entry::block(Pa(at), Attributes::Device)
+        };
+        assert_eq!(map.lookup(&hw, Ipa(at)), Some(leaf));
+        assert_eq!(map.lookup(&hw, Ipa(at + size - 1)), Some(leaf));
+    }
+    assert_eq!(map.lookup(&hw, Ipa(at - PAGE_SIZE - 1)), None);
+    assert_eq!(map.lookup(&hw, Ipa(at + 4 * MIB + PAGE_SIZE)), None);
+    // A level 2 table and two of level 3; there are 28.
+    let pages = |count: u64| {
+        let windows = (0..count).map(|i| range(i * 2 * MIB, PAGE_SIZE));
+        build(&FakeHardware::default(), one_bank(16 * MIB), &windows.collect::<Vec<_>>()).err()
+    };
+    assert_eq!(pages(27), None);
+    assert_eq!(pages(28), Some(Error::Invalid));
+}
+
+/// The entry at each level of the devices' stage-2.
+fn devices_walk(hw: &FakeHardware, map: &HostMap, at: u64) -> Vec<Entry> {
+    walk_from(hw, map.devices_root(), at)
+}
+
+#[test]
+fn devices_see_the_hosts_ram_in_pages_and_nothing_else() {
+    let hw = FakeHardware::default();
+    let ram = Ram::new([range(BASE, 2 * GIB), range(BANK2, 16 * MIB)]);
+    let windows = [range(0x900_0000, PAGE_SIZE), range(0x1000_0000, 4 * MIB)];
+    let map = build(&hw, ram, &windows).unwrap();
+    let carveout = carveout_size(ram.page_count() * PAGE_SIZE);
+    for at in [BASE + carveout, BASE + GIB + 0x5000, BASE + 2 * GIB - PAGE_SIZE, BANK2] {
+        let path = devices_walk(&hw, &map, at);
+        assert_eq!(path.len(), 3, "{at:#x}");
+        assert_eq!(path[2], Entry::page(Pa(at), Attributes::Memory), "{at:#x}");
+    }
+    for at in [
+        BASE,
+        BASE + carveout - PAGE_SIZE,
+        BASE - PAGE_SIZE,
+        BASE + 2 * GIB,
+        BANK2 - PAGE_SIZE,
+        BANK2 + 16 * MIB,
+        0x900_0000,
+        0x1000_0000,
+        0,
+    ] {
+        let path = devices_walk(&hw, &map, at);
+        assert!(!path.last().unwrap().is_valid(), "{at:#x}: {path:x?}");
+    }
+}
+
+#[test]
+fn a_hidden_page_is_hidden_from_devices() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let pa = host_page(1);
+    let leaf = || m.with_host_map(|map| devices_walk(&m.hw, map, pa.0)[2]);
+    let page = m.pages.claim(pa, Owner::Host).unwrap();
+    let page = m.with_host_map(|map| map.hide(&m.hw, &m.pages, page)).unwrap();
+    assert_eq!(leaf(), Entry::HIDDEN);
+    assert_eq!(m.hw.stale(), vec![]);
+    // What the host looks at, devices may read as well: zeros.
+    m.with_host_map(|map| map.resolve(&m.hw, Ipa(pa.0), false, false));
+    assert_eq!(leaf(), Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly));
+    let page = page.scrub(&m.hw);
+    m.with_host_map(|map| map.show(&m.hw, &m.pages, page));
+    assert_eq!(leaf(), Entry::page(pa, Attributes::Memory));
+    assert_eq!(m.hw.stale(), vec![]);
 }
 
 #[test]
@@ -246,21 +348,15 @@ fn every_change_breaks_before_it_makes() {
     let page = map.hide(&hw, &pages, page).unwrap();
     let events = hw.take_events();
     let gone = Event::InvalidateHost(Ipa(pa.0));
-    let changed = |table, slot: usize, to: Entry| {
+    let gone_for_devices = Event::InvalidateDevices(Ipa(pa.0));
+    let split = |table, slot: usize, to: Entry| {
         vec![Event::Write(table, slot, 0), gone, Event::Write(table, slot, to.0)]
     };
-    // The new table is complete before it is linked.
-    let filled = |table, events: &[Event]| {
-        assert_eq!(events.len(), ENTRIES);
-        assert!(
-            events.iter().all(|e| matches!(e, Event::Write(t, _, v) if *t == table && *v != 0))
-        );
-    };
-    filled(level2, &events[..512]);
-    assert_eq!(events[512..515], changed(root, 2, Entry::table(level2)));
-    filled(level3, &events[515..1027]);
-    assert_eq!(events[1027..1030], changed(level2, 0, Entry::table(level3)));
-    assert_eq!(events[1030..], vec![Event::Write(level3, 3, Entry::HIDDEN.0), gone]);
+    // Splitting is none of the devices' business.
+    assert_eq!(events[..3], split(root, 2, Entry::table(level2)));
+    assert_eq!(events[3..6], split(level2, 0, Entry::table(level3)));
+    let hidden = Event::Write(level3, 3, Entry::HIDDEN.0);
+    assert_eq!(events[6..], vec![hidden, gone, gone_for_devices]);
     // The zero frame comes in without an invalidation, and goes with one.
     let zero = Entry::page(map.zero_frame(), Attributes::ReadOnly);
     assert_eq!(map.resolve(&hw, Ipa(pa.0), false, false), Resolution::Retry);
@@ -269,13 +365,15 @@ fn every_change_breaks_before_it_makes() {
     let page = page.scrub(&hw);
     hw.take_events();
     map.show(&hw, &pages, page);
-    assert_eq!(hw.take_events(), changed(level3, 3, own));
+    let own_again = Event::Write(level3, 3, own.0);
+    let broken = Event::Write(level3, 3, 0);
+    assert_eq!(hw.take_events(), vec![broken, gone, gone_for_devices, own_again]);
     // A page that nobody looked at comes back without one.
     let page = pages.claim(pa, Owner::Host).unwrap();
     let page = map.hide(&hw, &pages, page).unwrap().scrub(&hw);
     hw.take_events();
     map.show(&hw, &pages, page);
-    assert_eq!(hw.take_events(), vec![Event::Write(level3, 3, own.0)]);
+    assert_eq!(hw.take_events(), vec![own_again]);
 }
 
 #[test]

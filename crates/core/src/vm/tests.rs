@@ -51,7 +51,7 @@ impl Snapshot {
 pub(crate) fn check<'a>(m: &FakeMachine<'_>, vms: impl Iterator<Item = &'a Vm>) {
     let mut scratch = [0; PAGES / 64];
     let mut audit = Audit::new(&m.hw, &m.pages, &mut scratch).unwrap();
-    m.with_host_map(|map| audit.host(map)).unwrap();
+    m.with_host_map(|map| audit.host(map).and_then(|()| audit.devices(map))).unwrap();
     for vm in vms {
         audit.vm(vm).unwrap();
     }
