@@ -64,7 +64,7 @@ fn tables() -> Result<(), Violation> {
     let world = host::world();
     let mut seen = SEEN.lock();
     let mut audit = Audit::new(&world.machine, &world.pages, &mut *seen)?;
-    world.with_host_map(|map| audit.host(map))?;
+    world.with_host_map(|map| audit.host(map).and_then(|()| audit.devices(map)))?;
     for (slot, vm) in vms::all() {
         let vm = vm.lock();
         audit.at_rest(slot, &vm)?;

@@ -222,7 +222,8 @@ impl<'a, H: Hardware> Audit<'a, H> {
     }
 
     /// The host's map: every page of the host is there, every page of a VM is
-    /// hidden or the zero frame, nothing else is but devices (I1, I2, I3).
+    /// hidden or the zero frame, nothing else is but devices, in pages or blocks
+    /// (I1, I2, I3).
     ///
     /// # Errors
     /// What does not hold.
@@ -236,12 +237,15 @@ impl<'a, H: Hardware> Audit<'a, H> {
         self.walk(map.root(), Owner::Monitor, |audit, ipa, entry, size| {
             let owner = |at| audit.pages.owner(at);
             let pa = Pa(ipa.0);
-            let memory = if size == PAGE_SIZE {
-                Entry::page(pa, Attributes::Memory)
-            } else {
-                Entry::block(pa, Attributes::Memory)
+            let form = |attributes| {
+                if size == PAGE_SIZE {
+                    Entry::page(pa, attributes)
+                } else {
+                    Entry::block(pa, attributes)
+                }
             };
-            if entry == memory {
+            let range = Range { base: pa.0, size };
+            if entry == form(Attributes::Memory) {
                 // All of it, or nothing, lies in one bank.
                 let first = audit.pages.ram().page_index(pa).ok_or(Violation::HostOwner(ipa))?;
                 for i in 0..index(size / PAGE_SIZE) {
@@ -252,15 +256,13 @@ impl<'a, H: Hardware> Audit<'a, H> {
                     }
                 }
                 shown += size / PAGE_SIZE;
-            } else if size != PAGE_SIZE {
-                return Err(Violation::HostLeaf(ipa, entry));
-            } else if entry == hidden || entry == Entry::HIDDEN {
+            } else if size == PAGE_SIZE && (entry == hidden || entry == Entry::HIDDEN) {
                 if !matches!(owner(pa), Some(Owner::Table(_) | Owner::Private(_))) {
                     return Err(Violation::HostOwner(ipa));
                 }
                 veiled += 1;
-            } else if entry != Entry::page(pa, Attributes::Device)
-                || audit.pages.ram().page_index(pa).is_some()
+            } else if entry != form(Attributes::Device)
+                || audit.pages.ram().banks().iter().any(|bank| bank.overlaps(&range))
             {
                 return Err(Violation::HostLeaf(ipa, entry));
             }

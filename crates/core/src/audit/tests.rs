@@ -109,6 +109,15 @@ fn the_hosts_map_is_checked_leaf_by_leaf() {
     let block = Entry::block(Pa(2 << 30), Attributes::Memory);
     let other = with_word(|m, _| (m.with_host_map(|map| map.root()), 3, block.0));
     assert_eq!(other, Violation::HostLeaf(Ipa(3 << 30), block));
+    // A device's block: beyond RAM, but not around it.
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let root = m.with_host_map(|map| map.root());
+    m.hw.poke(root, 7, Entry::block(Pa(7 << 30), Attributes::Device).0);
+    assert_eq!(audit(&m, &[]), Ok(()));
+    let block = Entry::block(Pa(1 << 30), Attributes::Device);
+    let around = with_word(|m, _| (m.with_host_map(|map| map.root()), 1, block.0));
+    assert_eq!(around, Violation::HostLeaf(Ipa(1 << 30), block));
     // The zero frame.
     let written = with_word(|_, _| (Pa(BASE + 0x1000), 511, 1));
     assert_eq!(written, Violation::NotZero(Pa(BASE + 0x1000)));
