@@ -10,7 +10,6 @@ use anyhow::{Context as _, Result};
 
 const DIR: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
-const LINK: u32 = 0o120_000;
 const CHAR: u32 = 0o020_000;
 
 struct Entry {
@@ -64,14 +63,6 @@ impl Cpio {
         Ok(())
     }
 
-    /// Adds a symbolic link.
-    pub fn link(&mut self, path: &str, target: &str) {
-        self.put(
-            path,
-            Entry { mode: LINK | 0o777, data: target.as_bytes().to_vec(), device: (0, 0) },
-        );
-    }
-
     /// Adds a character device.
     pub fn char_device(&mut self, path: &str, mode: u32, major: u32, minor: u32) {
         self.put(path, Entry { mode: CHAR | mode, data: vec![], device: (major, minor) });
@@ -115,7 +106,6 @@ mod tests {
         let make = || {
             let mut c = Cpio::default();
             c.file("/a/b/c", 0o644, b"hello".to_vec());
-            c.link("a/l", "b/c");
             c.char_device("dev/console", 0o600, 5, 1);
             c.finish().unwrap()
         };

@@ -67,6 +67,14 @@ pub const fn host_kernel(ram_base: u64, ram_size: u64) -> u64 {
     host_dtb(ram_base, ram_size) + BLOCK_SIZE
 }
 
+/// Where an initial RAM file system of the host has room, and the payload finds
+/// its arguments: for the tools that place them.
+#[cfg(any(test, feature = "header"))]
+#[must_use]
+pub const fn host_initrd(ram_base: u64, ram_size: u64) -> u64 {
+    host_kernel(ram_base, ram_size) + 64 * (1 << 20)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -235,6 +235,7 @@ impl HostMap {
     /// No TLB of a CPU or of the SMMU holds anything of a page any more.
     fn invalidate(hw: &impl Hardware, ipa: Ipa) {
         hw.invalidate_host(ipa);
+        left_out!(DevicesTlb => return);
         hw.invalidate_devices(ipa);
     }
 

@@ -46,6 +46,10 @@ checks! {
     Hide,
     /// a page that leaves the host stays in TLBs
     HostTlb,
+    /// a page that leaves the host stays in the SMMU's TLB
+    DevicesTlb,
+    /// devices go past the SMMU's stage 2
+    DevicesStage2,
     /// a page that leaves a VM stays in TLBs
     GuestTlb,
     /// a page can come where one was taken away

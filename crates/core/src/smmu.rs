@@ -10,7 +10,7 @@ use crate::stage2::vtcr;
 /// the given `PS`. What they refuse ends in an abort: no stall (S2S), no record
 /// (S2R). ATS is off (EATS), so translated requests are refused too.
 #[must_use]
-pub const fn stream_table_entry(root: Pa, ps: u64) -> [u64; 8] {
+pub fn stream_table_entry(root: Pa, ps: u64) -> [u64; 8] {
     const VALID: u64 = 1;
     const STAGE2_ONLY: u64 = 0b110 << 1;
     /// SHCFG: shareability as the device says.
@@ -18,6 +18,7 @@ pub const fn stream_table_entry(root: Pa, ps: u64) -> [u64; 8] {
     const S2AA64: u64 = 1 << 51;
     // The fields from S2T0SZ to S2PS are laid out as in VTCR_EL2 [18:0].
     const VTCR: u64 = (1 << 19) - 1;
+    left_out!(DevicesStage2 => return [VALID | 0b100 << 1, INCOMING, 0, 0, 0, 0, 0, 0]);
     [VALID | STAGE2_ONLY, INCOMING, (vtcr(ps) & VTCR) << 32 | S2AA64, root.0, 0, 0, 0, 0]
 }
 
