@@ -13,7 +13,8 @@
 //! the block is invalid for a moment, in which other CPUs of the host may fault;
 //! [`HostMap::resolve`] tells them to try again.
 
-use havmsi_abi::layout::{BLOCK_SIZE, carveout};
+use havmsi_abi::layout::BLOCK_SIZE;
+use havmsi_abi::layout::carveout::{self, LEVEL2_TABLES, SMMU_LEVEL2_TABLES};
 use havmsi_abi::{Error, PAGE_SIZE};
 
 use crate::addr::{Ipa, Pa, index};
@@ -109,31 +110,20 @@ impl HostMap {
         banks.any(|bank| bank.overlaps(&first))
     }
 
-    /// The number of the GiB of RAM around `pa`, and so of its level 2 tables:
-    /// the GiBs are counted from the bottom of each bank.
-    fn gib_number(&self, pa: Pa) -> Option<u64> {
+    /// The place of the level 2 table for the GiB of RAM around `pa`, among the
+    /// `tables` of CPUs or devices: GiBs are counted from the bottom of each bank.
+    fn level2_table(&self, tables: u64, pa: Pa) -> Option<Pa> {
         let mut number = 0;
         for bank in self.ram.banks() {
             let first = bank.base / LEVEL1_SIZE;
             if bank.contains(pa.0, 1) {
                 number += pa.0 / LEVEL1_SIZE - first;
-                return (number < carveout::LEVEL2_TABLE_COUNT).then_some(number);
+                return (number < carveout::LEVEL2_TABLE_COUNT)
+                    .then(|| self.carveout.offset(tables + number * PAGE_SIZE));
             }
             number += (bank.base + bank.size).div_ceil(LEVEL1_SIZE) - first;
         }
         None
-    }
-
-    /// The place of the CPUs' level 2 table for the GiB of RAM around `pa`.
-    fn level2_table(&self, pa: Pa) -> Option<Pa> {
-        let number = self.gib_number(pa)?;
-        Some(self.carveout.offset(carveout::LEVEL2_TABLES + number * PAGE_SIZE))
-    }
-
-    /// The same for the devices.
-    fn devices_level2_table(&self, pa: Pa) -> Option<Pa> {
-        let number = self.gib_number(pa)?;
-        Some(self.carveout.offset(carveout::SMMU_LEVEL2_TABLES + number * PAGE_SIZE))
     }
 
     /// The place of the level 3 table for the 2 MiB of RAM around `pa`.
@@ -145,8 +135,8 @@ impl HostMap {
 
     /// At boot: maps 2 MiB of `ram` at `pa`, for CPUs and devices.
     fn add_ram(&self, hw: &impl Hardware, pa: Pa, ram: Range) -> Result<(), Error> {
-        let level2 = self.level2_table(pa).ok_or(Error::Invalid)?;
-        let devices_level2 = self.devices_level2_table(pa).ok_or(Error::Invalid)?;
+        let level2 = self.level2_table(LEVEL2_TABLES, pa).ok_or(Error::Invalid)?;
+        let devices_level2 = self.level2_table(SMMU_LEVEL2_TABLES, pa).ok_or(Error::Invalid)?;
         let level3 = self.level3_table(pa).ok_or(Error::Invalid)?;
         for i in 0..ENTRIES {
             let entry = Entry::page(pa.offset(i as u64 * PAGE_SIZE), Attributes::Memory);
@@ -218,7 +208,7 @@ impl HostMap {
     #[expect(clippy::needless_pass_by_ref_mut, reason = "writes tables: needs the lock")]
     fn split_to_page(&mut self, hw: &impl Hardware, pa: Pa) -> Result<Pa, Error> {
         let ipa = Ipa(pa.0);
-        let level2 = self.level2_table(pa).ok_or(Error::Denied)?;
+        let level2 = self.level2_table(LEVEL2_TABLES, pa).ok_or(Error::Denied)?;
         let level3 = self.level3_table(pa).ok_or(Error::Denied)?;
         for (table, slot, next) in
             [(self.root(), level1_index(ipa), level2), (level2, level2_index(ipa), level3)]

@@ -107,16 +107,18 @@ fn large_ram_is_mapped_in_gib_blocks_where_it_can() {
     // All tables differ, and lie in the carve-out behind the roots.
     let mut tables = vec![];
     for at in [BASE, BASE + GIB, BASE + 2 * GIB, BANK2 + 512 * MIB, BANK2 + GIB] {
-        tables.push(map.level2_table(Pa(at)).unwrap());
+        tables.push(map.level2_table(LEVEL2_TABLES, Pa(at)).unwrap());
         tables.push(map.level3_table(Pa(at)).unwrap());
     }
     tables.push(map.level3_table(Pa(BANK2 + 2 * GIB - 1)).unwrap());
+    tables.push(map.level2_table(SMMU_LEVEL2_TABLES, Pa(BASE)).unwrap());
+    tables.push(map.level2_table(SMMU_LEVEL2_TABLES, Pa(BANK2 + GIB)).unwrap());
     tables.sort_unstable();
     tables.dedup();
-    assert_eq!(tables.len(), 11);
+    assert_eq!(tables.len(), 13);
     assert!(tables.iter().all(|t| t.0 >= BASE + carveout::LEVEL2_TABLES));
     assert!(tables.iter().all(|t| t.0 < BASE + carveout));
-    assert_eq!(map.level2_table(Pa(BASE - 1)), None);
+    assert_eq!(map.level2_table(LEVEL2_TABLES, Pa(BASE - 1)), None);
     assert_eq!(map.level3_table(Pa(BASE - 1)), None);
 }
 
@@ -341,7 +343,7 @@ fn every_change_breaks_before_it_makes() {
     let pages = Pages::new(ram, &records).unwrap();
     let pa = Pa(BASE + GIB + 0x3000);
     pages.give_to_host(pa);
-    let (root, level2) = (map.root(), map.level2_table(pa).unwrap());
+    let (root, level2) = (map.root(), map.level2_table(LEVEL2_TABLES, pa).unwrap());
     let level3 = map.level3_table(pa).unwrap();
     hw.take_events();
     let page = pages.claim(pa, Owner::Host).unwrap();
