@@ -21,6 +21,8 @@ mod harness;
 #[cfg(target_os = "none")]
 mod memory;
 #[cfg(target_os = "none")]
+mod pci;
+#[cfg(target_os = "none")]
 mod smc;
 #[cfg(target_os = "none")]
 mod tests;

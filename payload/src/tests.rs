@@ -3,6 +3,7 @@
 
 mod access;
 mod calls;
+mod dma;
 mod exits;
 mod features;
 mod hypercalls;

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::job::{self, Limits};
-use crate::machine::{Config, Event, Kind, Machine};
+use crate::machine::{Config, EDU, Event, Kind, Machine};
 use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
@@ -325,7 +325,10 @@ pub fn payload_config(image: PathBuf, monitor: &build::Monitor, gic: u32, cpu: C
         root: None,
         append: String::new(),
         monitor: Some(monitor.image.clone()),
-        extra: vec![],
+        // A second DMA engine, on a bus that has no streams.
+        extra: ["-device", "pcie-root-port,id=far", "-device", &format!("{EDU},bus=far")]
+            .map(str::to_owned)
+            .to_vec(),
     }
 }
 
