@@ -62,13 +62,19 @@ impl Edu {
 
     /// The one behind the root port, whose stream is not of bus 0.
     pub fn far() -> Option<Self> {
-        let port = find(0, ROOT_PORT)?;
-        write32(port + BUS_NUMBERS, u32::try_from(FAR_BUS << 16 | FAR_BUS << 8).unwrap_or(0));
+        let port = Self::number_far_bus(FAR_BUS)?;
         // A window of 1 MiB: address bits [31:20] of its base and of its end.
         let megabyte = u32::try_from(FAR_WINDOW >> 16).unwrap_or(0);
         write32(port + BRIDGE_MEMORY, megabyte << 16 | megabyte);
         write32(port + COMMAND, ENABLE);
         Some(Self::enable(find(FAR_BUS, EDU)?, FAR_WINDOW))
+    }
+
+    /// Gives the bus behind the root port its number, which is part of its streams'.
+    pub fn number_far_bus(number: u64) -> Option<u64> {
+        let port = find(0, ROOT_PORT)?;
+        write32(port + BUS_NUMBERS, u32::try_from(number << 16 | number << 8).unwrap_or(0));
+        Some(port)
     }
 
     /// Starts a transfer; QEMU carries it out 100 ms later.
