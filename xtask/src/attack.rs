@@ -196,7 +196,8 @@ fn boot_payload(
     gic: u32,
     limit: Duration,
 ) -> Result<Said> {
-    let dir = ctx.log_dir.join(format!("payload-gic{gic}-{}", leave_out.unwrap_or("release")));
+    let which = leave_out.and(names.first().copied()).unwrap_or("release").replace("::", "-");
+    let dir = ctx.log_dir.join(format!("payload-gic{gic}-{which}"));
     fs::create_dir_all(&dir)?;
     // The payload takes words that its names begin with, on a short line.
     let mut words: Vec<String> = names.iter().map(|n| format!("attack::{n}")).collect();
@@ -213,10 +214,9 @@ fn boot_payload(
     let mut config = rows_of_tests::payload_config(image, &monitor, gic, run::Cpu::CortexA57);
     let place = format!("loader,file={},addr={ARGUMENTS:#x},force-raw=on", comma(&arguments));
     config.extra = vec!["-device".to_owned(), place];
-    if let Some(check) = leave_out {
-        let option = format!("name=opt/org.havmsi/leave-out,string={check}");
-        config.extra.extend(["-fw_cfg".to_owned(), option]);
-    }
+    // The shipped monitor is told as well: it must not know how to.
+    let option = format!("name=opt/org.havmsi/leave-out,string={}", leave_out.unwrap_or("Owner"));
+    config.extra.extend(["-fw_cfg".to_owned(), option]);
     let mut machine = Machine::start(&config, &dir)?;
     let start = Instant::now();
     let mut said = BTreeMap::new();
@@ -256,16 +256,19 @@ fn payload_try(said: &Result<Said>, name: &str, may_stop: bool) -> Try {
 /// The payload once on the shipped monitor, and once on each test monitor that an attack needs.
 fn on_payload(ctx: &Ctx, variants: &[Variant], limit: Duration, tries: &mut Tries) -> Result<()> {
     let step = Step::new("payload", Some(0));
-    // GIC version and the check left out: which attacks.
-    let mut boots: BTreeMap<(u32, Option<&str>), Vec<&Variant>> = BTreeMap::new();
+    /// GIC version, and the check left out with the attack that is to succeed without it: what
+    /// succeeds may leave a machine that is of no use to the next one.
+    type Boot = (u32, Option<(&'static str, &'static str)>);
+    let mut boots: BTreeMap<Boot, Vec<&Variant>> = BTreeMap::new();
     for v in variants {
         let Ground::Payload { leave_out, gic, .. } = v.ground else { continue };
         for check in [None, Some(leave_out)] {
-            boots.entry((gic, check)).or_default().push(v);
+            boots.entry((gic, check.map(|c| (c, v.name)))).or_default().push(v);
         }
     }
-    for ((gic, leave_out), attacks) in boots {
-        step.note(leave_out.map_or("HA-VMSI", |check| check));
+    for ((gic, alone), attacks) in boots {
+        let leave_out = alone.map(|(check, _)| check);
+        step.note(leave_out.unwrap_or("HA-VMSI"));
         let names: Vec<&str> = attacks.iter().map(|v| v.name).collect();
         let said = boot_payload(ctx, &names, leave_out, gic, limit);
         for v in attacks {
