@@ -9,7 +9,7 @@ use crate::smc::host;
 use crate::{cpu, ensure, exception, expect, guest_program, harness, mrs, msr, smc, test};
 
 guest_program!(
-    clock,
+    clock_reader,
     "1: isb",
     "mrs x1, cntvct_el0",
     "str x1, [x20]",
@@ -73,15 +73,15 @@ extern "C" fn disturb(handle: u64) -> u64 {
 /// A guest's counters go on from the VM's making: over runs, other VMs' runs,
 /// moves to another CPU and resets, whatever the host has its own set to.
 fn counters_go_on() -> Outcome {
-    let (vm, mut vcpu) = Vm::launch(clock(), [0; 4])?;
-    let (other, mut busy) = Vm::launch(clock(), [0; 4])?;
+    let (vm, mut vcpu) = Vm::launch(clock_reader(), [0; 4])?;
+    let (other, mut busy) = Vm::launch(clock_reader(), [0; 4])?;
     let cpus = if harness::several_cpus() { 2 } else { 1 };
     let frequency = mrs!("cntfrq_el0");
     let mut last = Reading::default();
     for round in 0..36 {
         if round % 12 == 11 {
             smc::until_done(Function::VmReset, &[vm.handle], 100_000)?;
-            vm.boot(clock(), [0; 4])?;
+            vm.boot(clock_reader(), [0; 4])?;
             vcpu.exit = Exit::default();
         }
         let on = round / 3 % cpus;
