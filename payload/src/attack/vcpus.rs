@@ -300,11 +300,11 @@ fn breakpoint(_: &mut Victim) -> Outcome {
 }
 attack!(breakpoint, "t26::flag_without_state");
 
-guest_program!(clock, "1: isb", "mrs x1, cntvct_el0", "str x1, [x20, #0x200]", "b 1b");
+guest_program!(attacked_clock, "1: isb", "mrs x1, cntvct_el0", "str x1, [x20, #0x200]", "b 1b");
 
 /// The host loads another counter offset between two runs.
 fn counter(_: &mut Victim) -> Outcome {
-    let (vm, mut vcpu) = Vm::launch(clock(), [0; 4])?;
+    let (vm, mut vcpu) = Vm::launch(attacked_clock(), [0; 4])?;
     host(Function::TimerLoad, &[0])?;
     let first = vcpu.report(0x200)?;
     host(Function::TimerLoad, &[vm.handle])?;
@@ -322,7 +322,7 @@ attack!(counter, "t28::offset");
 
 /// The same on another CPU, to which the vCPU moves.
 fn counter_elsewhere(_: &mut Victim) -> Outcome {
-    let (vm, mut vcpu) = Vm::launch(clock(), [0; 4])?;
+    let (vm, mut vcpu) = Vm::launch(attacked_clock(), [0; 4])?;
     host(Function::TimerLoad, &[vm.handle])?;
     let first = vcpu.report(0x200)?;
     extern "C" fn run(vcpu: u64) -> u64 {
