@@ -27,8 +27,8 @@ enum Broken {
     Invariant(Violation),
     /// EL2's vectors are not what was put there, at this offset.
     Vectors(u64),
-    /// This CPU's registers don't hold the host in (I10).
-    Registers,
+    /// This register of the CPU's does not hold the host in (I10).
+    Register(&'static str, u64),
 }
 
 /// The audit, or of `what` = 1 only this CPU's registers; gives the status of
@@ -44,7 +44,7 @@ pub fn call(what: u64) -> u64 {
 }
 
 fn registers() -> Result<(), Broken> {
-    if host::holds() { Ok(()) } else { Err(Broken::Registers) }
+    host::changed().map_or(Ok(()), |(name, value)| Err(Broken::Register(name, value)))
 }
 
 fn audit() -> Result<(), Broken> {

@@ -234,33 +234,36 @@ pub fn enter(entry: u64, context: u64) {
     });
 }
 
-/// Whether this CPU's registers hold the host in, as [`set_up_cpu`] and
-/// [`enter_again`] left them.
+/// A register of this CPU's that does not hold the host in, as [`set_up_cpu`]
+/// and [`enter_again`] left it: its name and value.
 #[cfg(feature = "audit")]
-pub fn holds() -> bool {
+pub fn changed() -> Option<(&'static str, u64)> {
     use havmsi_hal::sysreg::{hcr_el2, vttbr_el2};
     let world = world();
     let vectors = world.facts.ram.banks()[0].base + carveout::EL2_VECTORS;
-    // ICC_SRE_EL2 has bits of read-only value; the physical timer of EL2 is off.
-    let sre = world.gic.version() != 3 || icc_sre_el2::read() & ICC_SRE == ICC_SRE;
+    let vtcr = stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5));
+    let sre = if world.gic.version() == 3 { icc_sre_el2::read() } else { ICC_SRE };
+    // TLOR and TERR, TAM, TTRF: a CPU without what they trap reads 0.
+    let optional = [0b11 << 14, 1 << 30, 1 << 19];
     [
-        (scr_el3::read(), SCR),
-        (cptr_el3::read(), CPTR_EL3),
-        (mdcr_el3::read(), MDCR_EL3),
-        (hcr_el2::read(), HCR),
-        (vttbr_el2::read(), world.machine.host_vttbr),
-        (vtcr_el2::read(), stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5))),
-        (vbar_el2::read(), vectors),
-        (sctlr_el2::read(), 0x30c5_0830),
-        (mdcr_el2::read(), MDCR_EL2),
-        (cnthctl_el2::read(), CNTHCTL),
-        (vmpidr_el2::read(), mpidr_el1::read()),
-        (vpidr_el2::read(), midr_el1::read()),
-        (cnthp_ctl_el2::read() & 1, 0),
+        ("SCR_EL3", scr_el3::read() | optional[0], SCR),
+        ("CPTR_EL3", cptr_el3::read() | optional[1], CPTR_EL3),
+        ("MDCR_EL3", mdcr_el3::read() | optional[2], MDCR_EL3),
+        ("HCR_EL2", hcr_el2::read(), HCR),
+        ("VTTBR_EL2", vttbr_el2::read(), world.machine.host_vttbr),
+        ("VTCR_EL2", vtcr_el2::read(), vtcr),
+        ("VBAR_EL2", vbar_el2::read(), vectors),
+        ("SCTLR_EL2", sctlr_el2::read(), 0x30c5_0830),
+        ("MDCR_EL2", mdcr_el2::read(), MDCR_EL2),
+        ("CNTHCTL_EL2", cnthctl_el2::read(), CNTHCTL),
+        ("CNTHP_CTL_EL2", cnthp_ctl_el2::read(), 0),
+        ("VMPIDR_EL2", vmpidr_el2::read(), mpidr_el1::read()),
+        ("VPIDR_EL2", vpidr_el2::read(), midr_el1::read()),
+        ("ICC_SRE_EL2", sre, ICC_SRE),
     ]
-    .iter()
-    .all(|(is, should)| is == should)
-        && sre
+    .into_iter()
+    .find(|(_, is, should)| is != should)
+    .map(|(name, is, _)| (name, is))
 }
 
 /// Whether the host may run code at `address`.

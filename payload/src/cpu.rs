@@ -165,20 +165,35 @@ pub fn start(cpu: usize, function: Function, argument: u64) -> Result<(), Failur
     Ok(())
 }
 
+/// What came of the job of CPU `cpu`, once it has ended.
+pub fn result(cpu: usize) -> Option<Result<u64, Failure>> {
+    let job = &JOBS[cpu];
+    match job.state.load(Ordering::SeqCst) {
+        DONE => Some(Ok(job.result.load(Ordering::SeqCst))),
+        BROKEN => Some(Err(Failure::new(format_args!("an exception on CPU {cpu}")))),
+        _ => None,
+    }
+}
+
 /// Waits for the job of CPU `cpu`.
 pub fn join(cpu: usize) -> Result<u64, Failure> {
-    let job = &JOBS[cpu];
     let end = now() + milliseconds(60_000);
     loop {
-        match job.state.load(Ordering::SeqCst) {
-            DONE => return Ok(job.result.load(Ordering::SeqCst)),
-            BROKEN => return Err(Failure::new(format_args!("an exception on CPU {cpu}"))),
-            _ if now() > end => {
+        match result(cpu) {
+            Some(result) => return result,
+            None if now() > end => {
                 return Err(Failure::new(format_args!("CPU {cpu} does not end its job")));
             }
-            _ => {}
+            None => {}
         }
     }
+}
+
+/// Sleeps for so many microseconds, or less if an interrupt comes.
+pub fn nap(microseconds: u64) {
+    gic::alarm_in(milliseconds(microseconds) / 1000);
+    wait_for_interrupt();
+    gic::quiet();
 }
 
 /// Tells jobs that go on until they are told otherwise.

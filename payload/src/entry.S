@@ -35,6 +35,7 @@ secondary_start:
     b       2b
 
 // x0 = CPU number. Identity map in 1 GiB blocks, caches on.
+    .global set_up
 set_up:
     msr     tpidr_el1, x0
     ldr     x1, =vectors

@@ -90,7 +90,12 @@ pub fn quiet() {
 
 /// The physical timer fires in so many milliseconds.
 pub fn alarm(milliseconds: u64) {
-    msr!("cntp_cval_el0", cpu::now() + cpu::milliseconds(milliseconds));
+    alarm_in(cpu::milliseconds(milliseconds));
+}
+
+/// The physical timer fires in so many ticks.
+pub fn alarm_in(ticks: u64) {
+    msr!("cntp_cval_el0", cpu::now() + ticks);
     msr!("cntp_ctl_el0", 1);
 }
 

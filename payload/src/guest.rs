@@ -18,7 +18,7 @@ pub const RAM: u64 = 0x4000_0000;
 /// Bytes of RAM.
 pub const RAM_SIZE: u64 = 16 << 20;
 /// Where the exception vectors are.
-const VECTORS_AT: u64 = RAM + 0x1000;
+pub const VECTORS_AT: u64 = RAM + 0x1000;
 /// First page of RAM that no program occupies.
 pub const FREE: u64 = RAM + 0x10_0000;
 /// Where programs report to; no RAM.
@@ -280,7 +280,8 @@ impl Vcpu {
         read(self.page + (EXIT_OFFSET + 8 * n) as u64)
     }
 
-    fn read_exit(&mut self) {
+    /// Reads the exit half.
+    pub fn read_exit(&mut self) -> Exit {
         let class = self.word(0);
         for (known, _) in ExitClass::ALL {
             if known as u64 == class {
@@ -294,6 +295,7 @@ impl Vcpu {
         self.exit.mode = self.word(8);
         self.vgic =
             VgicExit { vmcr: self.word(9), lr: core::array::from_fn(|i| self.word(10 + i)) };
+        self.exit
     }
 
     /// One VCPU_RUN with the entry as it is.

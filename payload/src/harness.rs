@@ -9,7 +9,7 @@ use linkme::distributed_slice;
 
 use crate::cpu::{self, MAX_CPUS};
 use crate::memory::{self, ARGUMENTS};
-use crate::{exception, gic, println, smc};
+use crate::{exception, fuzz, gic, println, smc};
 
 /// Longest text of a failure.
 const TEXT: usize = 240;
@@ -34,6 +34,19 @@ impl Failure {
         // Cut off if it is too long.
         let _ = write!(failure, "{file}:{}: {what}", place.line());
         failure
+    }
+}
+
+impl Failure {
+    /// As the result of a job of its CPU; 0 is none.
+    pub const fn code(self) -> u64 {
+        self.len as u64 + 1
+    }
+
+    /// The failure of `cpu` with this code.
+    pub fn from_code(cpu: usize, code: u64) -> Option<Self> {
+        let len = usize::try_from(code.checked_sub(1)?).ok()?;
+        Some(Self { cpu, len })
     }
 }
 
@@ -175,6 +188,9 @@ pub extern "C" fn main() -> ! {
     };
     println!("");
     gic::init();
+    if let Some(options) = fuzz::options(words) {
+        fuzz::main(&options);
+    }
     for test in TESTS {
         let name = test.name.trim_start_matches("havmsi_payload::tests::");
         if !filter(name) {

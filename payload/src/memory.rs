@@ -14,8 +14,9 @@ pub const RAM_BASE: u64 = number(env!("PAYLOAD_RAM_BASE"));
 /// Bytes of RAM.
 pub const RAM_SIZE: u64 = number(env!("PAYLOAD_RAM_SIZE"));
 /// What the tests may take pages from: well behind the payload.
-const ARENA: u64 = RAM_BASE + (128 << 20);
-const ARENA_END: u64 = RAM_BASE + RAM_SIZE - (64 << 20);
+pub const ARENA: u64 = RAM_BASE + (128 << 20);
+/// Its end.
+pub const ARENA_END: u64 = RAM_BASE + RAM_SIZE - (64 << 20);
 /// Where the runner may place a line with the names of tests.
 pub const ARGUMENTS: u64 = layout::host_initrd(RAM_BASE, RAM_SIZE);
 

@@ -10,6 +10,8 @@ mod cpio;
 mod debs;
 mod digest;
 mod dtb;
+mod fuzz;
+mod fuzz_target;
 mod image;
 mod job;
 mod kernel;
@@ -72,6 +74,8 @@ enum Verb {
     Attack(attack::Args),
     /// Run all tests; the last line is `N passed, N failed`
     Test(test::Args),
+    /// Look for calls that break the monitor: random ones, with an audit after each batch
+    Fuzz(fuzz::Args),
     /// Compute the launch digest of a guest from its files and configuration
     Digest(digest::Args),
     /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
@@ -102,6 +106,7 @@ impl Verb {
             Self::Run(_) => "run",
             Self::Attack(_) => "attack",
             Self::Test(_) => "test",
+            Self::Fuzz(_) => "fuzz",
             Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
             Self::Clean { .. } => "clean",
@@ -219,6 +224,7 @@ fn real_main() -> Result<()> {
         Verb::Run(args) => run::main(&ctx, &args),
         Verb::Attack(args) => attack::main(&ctx, &args),
         Verb::Test(args) => test::main(&ctx, &args),
+        Verb::Fuzz(args) => fuzz::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json, files } => tcb::main(&ctx, json, files),
         Verb::Clean { cache } => clean(&ctx, cache),

@@ -14,7 +14,7 @@ use crate::machine::{Config, EDU, Event, Kind, Machine};
 use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
-use crate::{Ctx, attack, build, digest, image, kernel, sh, tcb};
+use crate::{Ctx, attack, build, digest, fuzz, fuzz_target, image, kernel, sh, tcb};
 
 /// One row.
 pub struct Row {
@@ -35,6 +35,8 @@ pub enum Work {
     Cargo(Vec<&'static str>),
     /// The bare-metal payload on the real monitor.
     Payload(u32, Cpu),
+    /// A slice of `cargo xtask fuzz --target`: so many calls.
+    Fuzz(u32, Cpu, u64),
     /// The comparison of `cargo xtask run`.
     Run(u32, Cpu),
     /// A job of the host's agent under the monitor, with more words for its command line.
@@ -63,6 +65,9 @@ const TCB_LIMIT: usize = 5000;
 /// Lines that the series touches in the kernel's own files, at most.
 const SERIES_LIMIT: usize = 250;
 
+/// Calls of the slice of fuzzing in the table.
+const FUZZ_CALLS: u64 = 200_000;
+
 /// All rows, cheap ones first.
 pub fn table() -> Vec<Row> {
     let mut rows = Vec::new();
@@ -77,6 +82,12 @@ pub fn table() -> Vec<Row> {
                 )
             }
             Work::Attack(ids) => format!("cargo xtask attack --only {ids}"),
+            Work::Fuzz(gic, cpu, calls) => {
+                format!(
+                    "cargo xtask fuzz --target --calls {calls} --gic {gic} --cpu {}",
+                    cpu.name()
+                )
+            }
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -137,6 +148,9 @@ pub fn table() -> Vec<Row> {
             add(format!("payload/gic{gic}/{}", cpu.name()), 180, Work::Payload(gic, cpu));
         }
     }
+    for (gic, cpu) in [(3, a57), (2, n1)] {
+        add(format!("fuzz/gic{gic}/{}", cpu.name()), 180, Work::Fuzz(gic, cpu, FUZZ_CALLS));
+    }
     add("linux/no-monitor/el2".into(), 90, Work::Mismatch(Kind::Control, true));
     add("linux/no-monitor/el1".into(), 90, Work::Mismatch(Kind::Bare, false));
     add("linux/monitor-not-wanted".into(), 90, Work::Mismatch(Kind::Havmsi, false));
@@ -179,6 +193,9 @@ pub fn table() -> Vec<Row> {
 pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
     let any = |kind: fn(&Work) -> bool| rows.iter().any(|r| kind(&r.work));
     let cargo = any(|w| matches!(w, Work::Cargo(_)));
+    if any(|w| matches!(w, Work::Fuzz(..))) {
+        fuzz_target::prepare(ctx)?;
+    }
     let payload = any(|w| matches!(w, Work::Payload(..)));
     let linux = any(|w| {
         matches!(
@@ -226,6 +243,10 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
             let log = ctx.log("cargo.log");
             sh::run_limited(&mut command, &log, row.limit)?;
             Ok(Ended::ok(test_count(&fs::read_to_string(&log)?)))
+        }
+        Work::Fuzz(gic, cpu, calls) => {
+            let args = fuzz::Args { calls: *calls, gic: *gic, cpu: *cpu, ..fuzz::Args::default() };
+            Ok(Ended::ok(fuzz_target::row(ctx, &args, row.limit)?))
         }
         Work::Payload(gic, cpu) => payload(ctx, *gic, *cpu, row.limit),
         Work::Run(gic, cpu) => {

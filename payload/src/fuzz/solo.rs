@@ -1,0 +1,480 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A VM that only its own CPU may change, made of private pages: so of each
+//! call the answer is known, and of each page where it is. Its guest verifies
+//! its memory and registers (`guests::fuzz_keeper`).
+
+use havmsi_abi::{EntryFlags, Exit, ExitClass, Function, PAGE_SIZE};
+
+use super::world::{self, Known, LAST_WORD};
+use super::{Cpu, guests, host, index};
+use crate::guest::{PORT, RAM, VECTORS_AT, Vcpu};
+use crate::harness::{Failure, Outcome};
+use crate::memory::{self, PATTERN};
+use crate::smc::{AGAIN, DENIED, INVALID, NO_SLOT, Refusal, STATE};
+use crate::{ensure, expect, gic};
+
+/// Private pages that no call ever names.
+pub const KEPT: u64 = 4;
+/// Private pages of the victim, behind these.
+const VICTIM: u64 = 24;
+/// Those of them that it has from its launch on: memory from the first one up,
+/// run pages and tables from the last one down.
+pub const TAKEN: [u64; 12] = [4, 5, 6, 7, 8, 12, 16, 17, 24, 25, 26, 27];
+/// Most pages of one such VM.
+const MOST: usize = 40;
+
+/// Where the guest's data is.
+const DATA: u64 = RAM + 0x2000;
+/// Pages of data; a power of two.
+const PLACES: u64 = NO_PLACES.len() as u64;
+const NO_PLACES: [Place; 16] = [Place::Free; 16];
+/// Table pages that a launch gives.
+const POOL: u64 = 3;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// The host's, as it was written.
+    Host,
+    /// The VM's memory.
+    Private,
+    /// The VM's table memory.
+    Table,
+    /// A run page.
+    Lent,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Nothing was ever there.
+    Free,
+    /// This page.
+    Mapped(u8),
+    /// Something was there.
+    Lost,
+}
+
+/// The VM.
+pub struct Solo {
+    victim: bool,
+    handle: u64,
+    pages: [(u64, Use); MOST],
+    count: usize,
+    places: [Place; NO_PLACES.len()],
+    vcpu: Option<Vcpu>,
+    /// The guest's last report, and whether it was told to make it again.
+    report: u64,
+    again: bool,
+    runs: u64,
+}
+
+/// The answer to a call must be this one.
+macro_rules! must {
+    ($call:expr, $answer:expr) => {
+        expect!($call.map(|_| ()), $answer)
+    };
+}
+
+impl Solo {
+    /// Before the first batch.
+    pub const NONE: Self = Self {
+        victim: false,
+        handle: 0,
+        pages: [(0, Use::Host); MOST],
+        count: 0,
+        places: NO_PLACES,
+        vcpu: None,
+        report: 0,
+        again: false,
+        runs: 0,
+    };
+
+    /// None yet, with the CPU's pages for it.
+    pub fn new(cpu: &Cpu, victim: bool) -> Self {
+        let mut solo = Self { victim, ..Self::NONE };
+        if victim {
+            let fences = (0..world::ROWS).filter(|row| index(*row) % cpu.cpus == cpu.number);
+            fences.for_each(|row| {
+                memory::fill(world::fence(row), PATTERN);
+                solo.add(world::fence(row));
+            });
+            (KEPT..KEPT + VICTIM).for_each(|i| solo.add(world::private(cpu.number, i)));
+        } else {
+            solo.add(world::private(cpu.number, world::HAMMERED));
+            let others = KEPT + VICTIM..world::HAMMERED;
+            others.for_each(|i| solo.add(world::private(cpu.number, i)));
+        }
+        solo
+    }
+
+    fn add(&mut self, page: u64) {
+        self.pages[self.count] = (page, Use::Host);
+        self.count += 1;
+    }
+
+    fn known(&self, cpu: &Cpu) -> &'static Known {
+        &world::PROTECTED[cpu.number][usize::from(!self.victim)]
+    }
+
+    fn call(&self, function: Function, args: &[u64]) -> Result<[u64; 4], Refusal> {
+        let mut all = [self.handle, 0, 0, 0, 0, 0, 0];
+        for (place, arg) in all.iter_mut().skip(1).zip(args) {
+            *place = *arg;
+        }
+        host(function, &all)
+    }
+
+    /// A page of the host's: often the first, which is a fence or hammered.
+    fn choose(&self, cpu: &mut Cpu) -> Result<usize, Failure> {
+        let first = self.victim || cpu.random.once_in(3);
+        let start = if first { 0 } else { index(cpu.random.below(self.count as u64)) };
+        (start..self.count)
+            .chain(0..start)
+            .find(|i| self.pages[*i].1 == Use::Host)
+            .ok_or_else(|| Failure::new(format_args!("the fuzzer ran out of private pages")))
+    }
+
+    /// Makes, fills and starts the VM.
+    pub fn launch(&mut self, cpu: &mut Cpu) -> Outcome {
+        let version = cpu.random.pick(&[gic::version(), gic::version(), 0]);
+        let bits = cpu.random.pick(&[32, 36, 40]);
+        match host(Function::VmCreate, &[2, version, bits]) {
+            Ok([handle, ..]) => self.handle = handle,
+            // Strays hold all slots.
+            Err(NO_SLOT) => return Ok(()),
+            Err(other) => return Err(other.into()),
+        }
+        self.known(cpu).set(self.handle);
+        must!(self.call(Function::VmAddRam, &[RAM, DATA - RAM + PLACES * PAGE_SIZE]), Ok(()));
+        for idx in 0..2 {
+            let run = self.choose_last()?;
+            memory::clear(self.pages[run].0);
+            match self.call(Function::VcpuCreate, &[idx, self.pages[run].0]) {
+                Ok(_) => self.pages[run].1 = Use::Lent,
+                // Strays hold all contexts.
+                Err(NO_SLOT) => {
+                    memory::fill(self.pages[run].0, PATTERN);
+                    return self.destroy(cpu);
+                }
+                Err(other) => return Err(other.into()),
+            }
+            if idx == 0 {
+                self.vcpu = Some(Vcpu::new(self.handle, 0, self.pages[run].0));
+            }
+        }
+        self.boot(cpu)?;
+        if self.victim {
+            for place in 0..PLACES {
+                self.map(cpu, place)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The last page of the host's: the others are for memory.
+    fn choose_last(&self) -> Result<usize, Failure> {
+        let place = (0..self.count).rev().find(|i| self.pages[*i].1 == Use::Host);
+        place.ok_or_else(|| Failure::new(format_args!("the fuzzer ran out of private pages")))
+    }
+
+    fn donate_pool(&mut self, n: u64) -> Outcome {
+        for _ in 0..n {
+            let i = self.choose_last()?;
+            must!(self.call(Function::PoolDonate, &[self.pages[i].0, 1]), Ok(()));
+            self.pages[i].1 = Use::Table;
+        }
+        Ok(())
+    }
+
+    fn populate(&mut self, cpu: &mut Cpu, ipa: u64, bytes: &[u8]) -> Outcome {
+        let i = self.choose(cpu)?;
+        let page = self.pages[i].0;
+        memory::put(page, bytes);
+        self.pages[i].1 = Use::Private;
+        match self.call(Function::VmPopulate, &[ipa, page]) {
+            Err(Refusal::Wanted(n @ 1..=POOL)) => {
+                self.donate_pool(n)?;
+                must!(self.call(Function::VmPopulate, &[ipa, page]), Ok(()));
+            }
+            other => must!(other, Ok(())),
+        }
+        self.gone(page)
+    }
+
+    /// Fills the VM, which is open, and starts it.
+    fn boot(&mut self, cpu: &mut Cpu) -> Outcome {
+        let have = self.pages.iter().filter(|page| page.1 == Use::Table).count() as u64;
+        if have < POOL && !cpu.random.once_in(4) {
+            self.donate_pool(POOL - have)?;
+        }
+        let secret = world::MAGIC << 32 | cpu.random.below(1 << 30);
+        let seed = cpu.random.any() | 1;
+        let boot = [0, RAM, secret, DATA, PLACES - 1, seed];
+        must!(self.call(Function::VmActivate, &[]), Err(STATE));
+        must!(self.call(Function::VcpuSetBoot, &boot), Ok(()));
+        self.populate(cpu, RAM, guests::fuzz_keeper())?;
+        must!(self.call(Function::VmPopulate, &[RAM, self.pages[0].0]), Err(INVALID));
+        self.populate(cpu, VECTORS_AT, guests::fuzz_keeper_vectors())?;
+        must!(self.call(Function::VcpuRun, &[0]), Err(STATE));
+        must!(self.call(Function::VmActivate, &[]), Ok(()));
+        (self.report, self.again) = (0, false);
+        self.runs = 20 + cpu.random.below(120);
+        if let Some(vcpu) = &mut self.vcpu {
+            *vcpu = Vcpu::new(vcpu.vm, vcpu.idx, vcpu.page);
+        }
+        Ok(())
+    }
+
+    /// A page that the VM has: the host reads zeros and can't write.
+    fn gone(&self, page: u64) -> Outcome {
+        for at in [page, page + LAST_WORD] {
+            let seen = memory::peek(at);
+            ensure!(seen == Ok(0), "{at:#x} is the VM's, and the host reads {seen:x?}");
+            let fault = memory::poke(at, 0x0bad).err();
+            ensure!(
+                fault.is_some_and(|f| f.is_external_abort(at, true)),
+                "{at:#x} is the VM's, and the host's write gives {fault:x?}"
+            );
+        }
+        Ok(())
+    }
+
+    /// A page that the VM had: the host's again, and wiped.
+    fn back(&mut self, i: usize) -> Outcome {
+        let page = self.pages[i].0;
+        let what = (page..page + LAST_WORD).step_by(8).find(|at| memory::read(*at) != 0);
+        ensure!(what.is_none(), "{what:x?} came back and holds something");
+        let fault = memory::poke(page, 0).err();
+        ensure!(fault.is_none(), "{page:#x} came back, and a write gives {fault:x?}");
+        memory::fill(page, PATTERN);
+        self.pages[i].1 = Use::Host;
+        Ok(())
+    }
+
+    /// A page that a refused call named: as it was.
+    fn untouched(page: u64) -> Outcome {
+        for at in [page, page + 0x800, page + LAST_WORD - 8] {
+            let word = memory::read(at);
+            ensure!(word == PATTERN ^ at, "{at:#x}: {word:#x} after a call that was refused");
+        }
+        Ok(())
+    }
+
+    fn map(&mut self, cpu: &mut Cpu, place: u64) -> Outcome {
+        let ipa = DATA + place * PAGE_SIZE;
+        let i = self.choose(cpu)?;
+        let page = self.pages[i].0;
+        // This CPU's TLB knows it.
+        memory::write(page, PATTERN ^ page);
+        let args = [ipa, page, PAGE_SIZE];
+        if self.places[index(place)] != Place::Free {
+            must!(self.call(Function::PageMap, &args), Err(DENIED));
+            return Self::untouched(page);
+        }
+        self.pages[i].1 = Use::Private;
+        match self.call(Function::PageMap, &args) {
+            Err(Refusal::Wanted(n @ 1..=POOL)) => {
+                Self::untouched(page)?;
+                self.donate_pool(n)?;
+                must!(self.call(Function::PageMap, &args), Ok(()));
+            }
+            other => must!(other, Ok(())),
+        }
+        self.places[index(place)] = Place::Mapped(i.to_le_bytes()[0]);
+        self.gone(page)
+    }
+
+    fn unmap(&mut self, cpu: &mut Cpu) -> Outcome {
+        let first = cpu.random.below(PLACES);
+        let n = cpu.random.below(4).min(PLACES - first);
+        must!(self.call(Function::PageUnmap, &[DATA + first * PAGE_SIZE, n]), Ok(()));
+        for place in first..first + n {
+            if let Place::Mapped(i) = self.places[index(place)] {
+                self.places[index(place)] = Place::Lost;
+                self.back(usize::from(i))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn all_back(&mut self, kind: Use) -> Outcome {
+        for i in 0..self.count {
+            if self.pages[i].1 == kind {
+                self.back(i)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn until_done(&self, function: Function) -> Outcome {
+        for _ in 0..1000 {
+            match self.call(function, &[]) {
+                Err(AGAIN) => {}
+                other => {
+                    must!(other, Ok(()));
+                    return Ok(());
+                }
+            }
+        }
+        Err(Failure::new(format_args!("{function:?} comes to no end")))
+    }
+
+    fn reset(&mut self, cpu: &mut Cpu) -> Outcome {
+        self.until_done(Function::VmReset)?;
+        self.all_back(Use::Private)?;
+        self.places = NO_PLACES;
+        self.boot(cpu)
+    }
+
+    fn destroy(&mut self, cpu: &Cpu) -> Outcome {
+        self.until_done(Function::VmDestroy)?;
+        self.known(cpu).clear(self.handle);
+        self.all_back(Use::Private)?;
+        self.all_back(Use::Table)?;
+        for page in self.pages.iter_mut().filter(|page| page.1 == Use::Lent) {
+            memory::poke(page.0, 0)?;
+            memory::fill(page.0, PATTERN);
+            page.1 = Use::Host;
+        }
+        must!(self.call(Function::VmDestroy, &[]), Err(INVALID));
+        self.handle = 0;
+        self.vcpu = None;
+        self.places = NO_PLACES;
+        Ok(())
+    }
+
+    /// Runs the guest once, and does what its exit asks for.
+    fn run(&mut self, cpu: &mut Cpu) -> Outcome {
+        let Some(vcpu) = &mut self.vcpu else { return Ok(()) };
+        if vcpu.exit.class == ExitClass::MmioWrite {
+            match cpu.random.below(16) {
+                // The store comes again.
+                0 => self.again = true,
+                1 => vcpu.entry.flags.0 |= EntryFlags::INJECT_SEA,
+                _ => vcpu.entry.flags.0 |= EntryFlags::COMPLETE,
+            }
+        }
+        gic::alarm_in(cpu.random.below(200_000));
+        vcpu.write_entry();
+        host(Function::VcpuRun, &[self.handle, 0])?;
+        vcpu.entry.flags.0 &= !EntryFlags::ANSWERS;
+        let mut exit = vcpu.read_exit();
+        match exit.class {
+            ExitClass::Irq => {
+                expect!(exit, Exit::default());
+                gic::take_pending();
+            }
+            ExitClass::MmioWrite => {
+                ensure!(exit.ipa == PORT, "the guest found {} at {:#x}", exit.data, exit.ipa);
+                let next = if self.again { self.report } else { self.report + 1 };
+                ensure!(exit.data == next, "report {}, not {next}", exit.data);
+                (self.report, self.again) = (next, false);
+                exit.data = 0;
+                // 64 bits wide, of a register that is not told.
+                let esr = 0x24 << 26 | 1 << 25 | 1 << 24 | 3 << 22 | 1 << 15 | 1 << 6;
+                exit.esr &= !0x3f;
+                expect!(
+                    exit,
+                    Exit {
+                        class: ExitClass::MmioWrite,
+                        esr,
+                        ipa: PORT,
+                        mode: 1,
+                        ..Exit::default()
+                    }
+                );
+            }
+            ExitClass::Fault => {
+                let place = exit.ipa.wrapping_sub(DATA) / PAGE_SIZE;
+                ensure!(place < PLACES && exit.ipa.is_multiple_of(PAGE_SIZE), "{exit:x?}");
+                let mapped = matches!(self.places[index(place)], Place::Mapped(_));
+                ensure!(!mapped, "a fault where a page is mapped: {exit:x?}");
+                if self.places[index(place)] == Place::Lost {
+                    // Nothing helps it.
+                    self.runs = 0;
+                }
+                self.map(cpu, place)?;
+            }
+            _ => ensure!(false, "an exit that the guest does not make: {exit:x?}"),
+        }
+        Ok(())
+    }
+
+    /// Calls that are refused, and how.
+    fn refused(&self, cpu: &mut Cpu) -> Outcome {
+        let page = self.pages[self.choose(cpu)?].0;
+        let beyond = DATA + PLACES * PAGE_SIZE;
+        let run_page = self.vcpu.as_ref().map_or(0, |vcpu| vcpu.page);
+        match cpu.random.below(14) {
+            0 => must!(self.call(Function::VmAddRam, &[0x1_0000_0000, PAGE_SIZE]), Err(STATE)),
+            1 => must!(self.call(Function::VcpuCreate, &[1, page]), Err(STATE)),
+            2 => must!(self.call(Function::VcpuCreate, &[2, page]), Err(INVALID)),
+            3 => must!(self.call(Function::VcpuSetBoot, &[0, RAM]), Err(STATE)),
+            4 => must!(self.call(Function::VmPopulate, &[DATA, page]), Err(STATE)),
+            5 => must!(self.call(Function::VmActivate, &[]), Err(STATE)),
+            6 => must!(self.call(Function::VcpuRun, &[1]), Err(STATE)),
+            7 => must!(self.call(Function::VcpuRun, &[2]), Err(INVALID)),
+            8 => must!(self.call(Function::PageMap, &[beyond, page, PAGE_SIZE]), Err(DENIED)),
+            9 => must!(self.call(Function::PageMap, &[DATA + 8, page, PAGE_SIZE]), Err(INVALID)),
+            10 => must!(self.call(Function::PageMap, &[DATA, page + 8, PAGE_SIZE]), Err(INVALID)),
+            11 => must!(self.call(Function::PageMap, &[DATA, page, 2 << 20]), Err(INVALID)),
+            12 => must!(self.call(Function::PageMap, &[DATA, run_page, PAGE_SIZE]), Err(DENIED)),
+            _ => must!(self.call(Function::PoolDonate, &[page, 33]), Err(INVALID)),
+        }
+        Self::untouched(page)
+    }
+
+    /// A step of its life. A victim only runs.
+    pub fn step(&mut self, cpu: &mut Cpu) -> Outcome {
+        if self.handle == 0 {
+            return self.launch(cpu);
+        }
+        if self.victim {
+            return self.run(cpu);
+        }
+        if self.runs == 0 {
+            return if cpu.random.once_in(3) { self.destroy(cpu) } else { self.reset(cpu) };
+        }
+        self.runs -= 1;
+        match cpu.random.below(40) {
+            0 => self.unmap(cpu),
+            1 => {
+                let place = cpu.random.below(PLACES);
+                self.map(cpu, place)
+            }
+            2..8 => self.refused(cpu),
+            8 => {
+                must!(host(Function::TimerLoad, &[self.handle]), Ok(()));
+                Ok(())
+            }
+            _ => self.run(cpu),
+        }
+    }
+
+    /// The guest gets through all that it has once more.
+    pub fn verify(&mut self, cpu: &mut Cpu) -> Outcome {
+        let before = self.report;
+        for _ in 0..10_000 {
+            if self.handle == 0 || self.runs == 0 || self.report >= before + PLACES {
+                return Ok(());
+            }
+            self.run(cpu)?;
+        }
+        Err(Failure::new(format_args!("the guest does not go on after report {before}")))
+    }
+
+    /// After all VMs were destroyed: all pages are back.
+    pub fn returned(&mut self) -> Outcome {
+        self.handle = 0;
+        self.all_back(Use::Private)?;
+        self.all_back(Use::Table)?;
+        for (page, state) in self.pages.iter().take(self.count) {
+            memory::poke(*page, memory::read(*page))?;
+            if *state == Use::Host {
+                let change = memory::first_change(*page, PATTERN);
+                let change = change.filter(|at| at % PAGE_SIZE != LAST_WORD);
+                ensure!(change.is_none(), "{change:x?} is not as the host wrote it");
+            }
+        }
+        Ok(())
+    }
+}
