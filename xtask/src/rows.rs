@@ -159,9 +159,12 @@ pub fn table() -> Vec<Row> {
     for (gic, cpu) in [(3, a57), (2, a57), (3, n1), (2, n1)] {
         add(format!("linux/run/gic{gic}/{}", cpu.name()), 420, Work::Run(gic, cpu));
     }
-    for (job, more) in
-        [("smp4", "havmsi.vcpus=4"), ("reboot", "havmsi.vcpus=2"), ("hotplug", "havmsi.guests=2")]
-    {
+    for (job, more) in [
+        ("smp4", "havmsi.vcpus=4"),
+        ("reboot", "havmsi.vcpus=2"),
+        ("hotplug", "havmsi.guests=2"),
+        ("io", "havmsi.guests=2"),
+    ] {
         for (gic, cpu) in [(3, a57), (2, n1)] {
             add(
                 format!("linux/{job}/gic{gic}/{}", cpu.name()),

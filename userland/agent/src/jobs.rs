@@ -4,11 +4,12 @@
 use crate::attacker::Attacker;
 use crate::guest::Guest;
 use crate::params::Params;
-use crate::{checks, out, sys};
+use crate::{checks, io, out, sys};
 use havmsi_abi::Function;
 use havmsi_proto::Seed;
 use havmsi_proto::json::{Object, number};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const BOOT: Duration = Duration::from_secs(120);
@@ -36,6 +37,7 @@ impl Job<'_> {
             "rounds" => self.rounds(),
             "hotplug" => self.hotplug(),
             "memlock" => self.memlock(),
+            "io" => self.io(),
             "shell" => shell(),
             _ => Ok("looked around".to_owned()),
         }
@@ -232,6 +234,29 @@ impl Job<'_> {
             return Err("no STATS (is the attacker module there?)".to_owned());
         }
         Ok(format!("{total} rounds"))
+    }
+
+    /// Guests come and go while the host uses its devices.
+    fn io(&self) -> End {
+        let stop = AtomicBool::new(false);
+        let (done, guests) = std::thread::scope(|scope| {
+            let io = scope.spawn(|| io::work(&stop));
+            let guests = (0..2).try_for_each(|_| {
+                let mut guests = self.start("work")?;
+                self.finish(&mut guests)
+            });
+            stop.store(true, Ordering::Relaxed);
+            (io.join(), guests)
+        });
+        let done = done.map_err(|_| "the thread that works with the devices died")??;
+        out::event(
+            Object::event("io").value("disk_mib", done.disk_mib).value("net_mib", done.net_mib),
+        );
+        guests?;
+        Ok(format!(
+            "{} MiB by disk and {} MiB by network came back as they were",
+            done.disk_mib, done.net_mib
+        ))
     }
 
     fn hotplug(&self) -> End {

@@ -19,8 +19,10 @@ pub struct Params {
     pub thp: String,
 }
 
-const JOBS: [&str; 10] =
-    ["run", "attack", "smp4", "reboot", "rounds", "hotplug", "memlock", "nokvm", "boot", "shell"];
+const JOBS: [&str; 11] = [
+    "run", "attack", "smp4", "reboot", "rounds", "hotplug", "io", "memlock", "nokvm", "boot",
+    "shell",
+];
 
 impl Params {
     /// Reads a command line.
