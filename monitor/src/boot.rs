@@ -7,6 +7,7 @@ use core::ptr;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use havmsi_abi::{PAGE_SIZE, layout};
+use havmsi_core::launch::Boot;
 use havmsi_hal::sysreg::scr_el3;
 use havmsi_hal::{barrier, cache, phys};
 
@@ -99,13 +100,13 @@ fn first() -> ! {
         vms::seed(seed);
     }
     host::build(facts, gic, smmu);
-    psci::init(facts.cpus);
     for cpu in 1..facts.cpus {
         let_in(cpu);
         platform::power_on(cpu, mmu::image_start());
     }
     let base = facts.ram.banks()[0].base;
-    host::enter(layout::host_kernel(base, size), layout::host_dtb(base, size));
+    let x = [layout::host_dtb(base, size), 0, 0, 0];
+    host::enter(&Boot { pc: layout::host_kernel(base, size), x });
     resume()
 }
 

@@ -6,6 +6,7 @@ use core::ptr;
 
 use havmsi_core::exit::{SysregAccess, write_register};
 use havmsi_core::inject::spsr;
+use havmsi_core::launch::Boot;
 use havmsi_hal::sysreg::tpidr_el3;
 
 use crate::platform::MAX_CPUS;
@@ -26,6 +27,12 @@ impl Frame {
     /// All zero.
     pub const fn new() -> Self {
         Self { x: [0; 31], elr: 0, spsr: 0 }
+    }
+
+    /// A world starts at `boot`, at EL1.
+    pub fn start(&mut self, boot: &Boot) {
+        *self = Self { elr: boot.pc, spsr: spsr::DAIF | spsr::EL1H, ..Self::new() };
+        self.x[..4].copy_from_slice(&boot.x);
     }
 
     /// Answers a trapped access to a system register: a read gives `value`, a

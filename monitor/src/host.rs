@@ -7,7 +7,7 @@ use havmsi_abi::PAGE_SIZE;
 use havmsi_abi::layout::{carveout, carveout_size};
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::host_map::HostMap;
-use havmsi_core::inject::spsr;
+use havmsi_core::launch::Boot;
 use havmsi_core::page::Pages;
 use havmsi_core::stage2;
 use havmsi_core::vm::Machine as Transitions;
@@ -24,7 +24,7 @@ use havmsi_hal::{cache, phys, tlb};
 use spin::Once;
 use spin::mutex::SpinMutex;
 
-use crate::cpu::{Frame, this_cpu};
+use crate::cpu::this_cpu;
 use crate::mmu;
 use crate::platform::{self, Facts};
 
@@ -213,9 +213,9 @@ pub fn enter_again(el1: &El1State) {
     world::switch_to(el1, Stage2 { vttbr: world.machine.host_vttbr, hcr: HCR });
 }
 
-/// This CPU enters the host at `entry` when the monitor is left: at EL1, as
-/// after reset, with `x0` = `context`.
-pub fn enter(entry: u64, context: u64) {
+/// This CPU enters the host at `boot` when the monitor is left: at EL1, as
+/// after reset.
+pub fn enter(boot: &Boot) {
     set_up_cpu();
     enter_again(&El1State::RESET);
     havmsi_core::left_out!(HostStage2 => if this_cpu().number() != 0 { havmsi_hal::sysreg::hcr_el2::write(HCR & !1) });
@@ -227,10 +227,7 @@ pub fn enter(entry: u64, context: u64) {
     let cpu = this_cpu();
     cpu.resume_host_next();
     cpu.with_host(|frame| {
-        *frame = Frame::new();
-        frame.x[0] = context;
-        frame.elr = entry;
-        frame.spsr = spsr::DAIF | spsr::EL1H;
+        frame.start(boot);
     });
 }
 

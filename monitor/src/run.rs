@@ -10,7 +10,7 @@ use havmsi_abi::{
 };
 use havmsi_core::addr::Ipa;
 use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, ec};
-use havmsi_core::hypercall::{self, Reply};
+use havmsi_core::hypercall;
 use havmsi_core::idreg::World;
 use havmsi_core::inject::spsr;
 use havmsi_core::launch::Boot;
@@ -91,10 +91,8 @@ impl Context {
         #[cfg(feature = "leave-out")]
         let old = self.frame.x;
         *self = Self { el1: El1State::RESET, ..Self::ZERO };
-        havmsi_core::left_out!(ContextReset => self.frame.x = old);
-        self.frame.x[..4].copy_from_slice(&boot.x);
-        self.frame.elr = boot.pc;
-        self.frame.spsr = spsr::EL1H | spsr::DAIF;
+        self.frame.start(boot);
+        havmsi_core::left_out!(ContextReset => self.frame.x[4..].copy_from_slice(&old[4..]));
     }
 }
 
@@ -102,7 +100,8 @@ impl Context {
 struct Contexts([UnsafeCell<Context>; MAX_VCPUS]);
 
 // SAFETY: a context is reached through `Current` only, of which there is one
-// at a time: `Vm::enter` gives a vCPU to one CPU until `Vm::leave`.
+// at a time: `Vm::enter` gives a vCPU to one CPU until `Vm::leave`, and before
+// that the VM's lock is held.
 unsafe impl Sync for Contexts {}
 
 static CONTEXTS: Contexts = Contexts([const { UnsafeCell::new(Context::ZERO) }; MAX_VCPUS]);
@@ -161,33 +160,26 @@ impl Current {
 /// VCPU_RUN: makes vCPU `idx` the current world of this CPU.
 ///
 /// # Errors
-/// Those of [`Vm::enter`], [`exit::answer`] and the check of the list
+/// Those of [`Vm::runnable`], [`exit::answer`] and the check of the list
 /// registers; then nothing has changed.
 pub fn run(handle: u64, idx: u64) -> Result<(), Error> {
     let (slot, vm) = vms::by_handle(handle)?;
-    let run = {
-        let mut vm = vm.lock();
-        vm.check_handle(handle)?;
-        vm.enter(idx)?
-    };
-    let result = with_local(|local| enter(local, slot, vm, idx, &run));
-    if result.is_err() {
-        vm.lock().leave(idx, 0);
-    }
-    result
+    with_local(|local| enter(local, slot, vm, handle, idx))
 }
 
 fn enter(
     local: &mut Local,
     slot: VmSlot,
     vm: &'static SpinMutex<Vm>,
+    handle: u64,
     idx: u64,
-    run: &Run,
 ) -> Result<(), Error> {
+    let mut locked = vm.lock();
+    locked.check_handle(handle)?;
+    let run = locked.runnable(idx)?;
     let word = |i| phys::read(run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64));
     let entry = Entry::from_words(&core::array::from_fn(word));
-    let mut current =
-        Current { vm, idx, run: *run, used_lrs: 0, fp_loaded: false, debug_loaded: false };
+    let mut current = Current { vm, idx, run, used_lrs: 0, fp_loaded: false, debug_loaded: false };
     let pending = match run.start {
         Some(_) => Pending::Nothing,
         None => current.context().pending,
@@ -197,19 +189,24 @@ fn enter(
     let implemented = if run.config.gic == 0 { 0 } else { vgic::list_registers(gic) };
     let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
     current.used_lrs = used_lrs;
-    vm.lock().take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
+    locked.take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
 
     #[cfg(feature = "leave-out")]
-    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(run) } else { entry };
+    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(&run) } else { entry };
     #[cfg(feature = "leave-out")]
     let cntvoff = cntvoff_el2::read();
     // Accepted: from here on things change.
+    locked.enter(idx)?;
+    if pending == Pending::Hypercall {
+        let result = if let Answer::Results([x0, ..]) = answer { x0 } else { 0 };
+        locked.cpu_on_answered(idx, result);
+    }
+    drop(locked);
     let context = current.context();
     context.pending = Pending::Nothing;
     if let Some(boot) = &run.start {
         context.start(boot);
         havmsi_core::left_out!(GuestEntry => if entry.gpr[0] != 0 { context.frame.elr = entry.gpr[0] });
-        vm.lock().started(idx);
     }
     let mut injection = None;
     match answer {
@@ -220,10 +217,6 @@ fn enter(
         }
         Answer::Results(results) => context.frame.x[..4].copy_from_slice(&results),
         Answer::Inject(what) => injection = Some(what),
-    }
-    if pending == Pending::Hypercall {
-        let result = if let Answer::Results([x0, ..]) = answer { x0 } else { 0 };
-        vm.lock().cpu_on_answered(idx, result);
     }
 
     local.host.save();
@@ -376,14 +369,10 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         Action::Hypercall => {
             let [x0, x1, x2, x3, ..] = context.frame.x;
             havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return None });
-            let reply = hypercall::call(&mut vm.lock(), idx, [x0, x1, x2, x3]);
-            let answer = match reply {
-                Reply::Answer(answer) => answer,
-                Reply::Random { bits, wide } => hypercall::random_answer(vms::random(), bits, wide),
-                Reply::Forward => {
-                    context.pending = Pending::Hypercall;
-                    return Some(exit::hypercall_exit(&context.frame.x));
-                }
+            let reply = hypercall::call(&mut vm.lock(), idx, [x0, x1, x2, x3], vms::random);
+            let Some(answer) = reply else {
+                context.pending = Pending::Hypercall;
+                return Some(exit::hypercall_exit(&context.frame.x));
             };
             context.frame.x[..4].copy_from_slice(&answer);
         }

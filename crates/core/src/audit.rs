@@ -414,7 +414,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
         if vm.slot != slot && vm.map.root != Pa(0) {
             return Err(Violation::NoVm(slot));
         }
-        if vm.running != 0 || vm.vcpus.iter().any(|vcpu| vcpu.running) {
+        if vm.vcpus.iter().any(|vcpu| vcpu.running) {
             return Err(Violation::Running(slot));
         }
         for vcpu in vm.vcpus.iter().filter(|vcpu| vcpu.exists) {

@@ -221,9 +221,6 @@ impl<'a> World<'a> {
             Op::Enter(idx) => {
                 let run = vm.enter(idx)?;
                 assert_eq!(run.vttbr, vttbr);
-                if run.start.is_some() {
-                    vm.started(idx);
-                }
                 m.hw.load(vttbr);
                 self.running.push((n, idx));
                 Ok(())
@@ -260,7 +257,7 @@ impl<'a> World<'a> {
             }
             Op::GuestCall(idx, x) => {
                 if self.running.contains(&(n, idx)) {
-                    hypercall::call(vm, idx, x);
+                    hypercall::call(vm, idx, x, || None);
                 }
                 Ok(())
             }

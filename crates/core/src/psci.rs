@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Power of the host's CPUs: what PSCI 1.1 (Arm DEN 0022F) answers, and the
-//! state of each CPU. What is done to a CPU is the caller's.
+//! Power of CPUs and vCPUs: what PSCI 1.1 (Arm DEN 0022F) answers, and their
+//! state. What is done to a CPU is the caller's.
+
+use crate::launch::Boot;
 
 /// Function identifiers (DEN 0022F 5.1, SMCCC DEN 0028 7.1).
 pub mod id {
@@ -33,11 +35,11 @@ pub mod id {
 }
 
 /// PSCI 1.1.
-pub const VERSION: u64 = 0x1_0001;
+const VERSION: u64 = 0x1_0001;
 /// SMCCC 1.2.
-pub const SMCCC_VERSION: u64 = 0x1_0002;
+const SMCCC_VERSION: u64 = 0x1_0002;
 /// MIGRATE_INFO_TYPE: there is no trusted OS that would have to move.
-pub const MIGRATION_NOT_REQUIRED: u64 = 2;
+const MIGRATION_NOT_REQUIRED: u64 = 2;
 /// `Aff3:Aff2:Aff1:Aff0` of an MPIDR: [39:32], [23:0].
 pub const AFFINITY_MASK: u64 = 0xff_00ff_ffff;
 
@@ -69,111 +71,76 @@ impl Error {
     }
 }
 
-/// State of a CPU (DEN 0022F 6.6).
+/// State of a CPU or vCPU (DEN 0022F 6.6).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum State {
-    /// Waits in the monitor.
+pub enum Power {
+    /// Off.
     Off,
-    /// Was told to enter the host at `entry` with `context` in x0.
-    Pending {
-        /// Address of its first instruction.
-        entry: u64,
-        /// Its x0.
-        context: u64,
-    },
-    /// In the host.
+    /// Turned on by CPU_ON or at launch; starts here at its next run.
+    Pending(Boot),
+    /// On.
     On,
 }
 
-/// The state of up to `N` CPUs.
-pub struct Power<const N: usize> {
-    cpus: [State; N],
-    present: usize,
-}
-
-impl<const N: usize> Power<N> {
-    /// `present` CPUs, all off but the first.
-    #[must_use]
-    pub const fn new(present: usize) -> Self {
-        let mut cpus = [State::Off; N];
-        cpus[0] = State::On;
-        Self { cpus, present: if present < N { present } else { N } }
-    }
-
-    fn cpu(&mut self, cpu: usize) -> Option<&mut State> {
-        self.cpus.get_mut(..self.present)?.get_mut(cpu)
-    }
-
-    /// CPU_ON of `cpu` (`None`: no CPU has that affinity).
+impl Power {
+    /// CPU_ON: it will start at `boot`.
     ///
     /// # Errors
     /// As PSCI has it; nothing changes then.
-    pub fn on(&mut self, cpu: Option<usize>, entry: u64, context: u64) -> Result<usize, Error> {
-        let number = cpu.ok_or(Error::InvalidParameters)?;
-        let state = self.cpu(number).ok_or(Error::InvalidParameters)?;
-        match state {
-            State::On => Err(Error::AlreadyOn),
-            State::Pending { .. } => Err(Error::OnPending),
-            State::Off => {
-                *state = State::Pending { entry, context };
-                Ok(number)
+    pub const fn turn_on(&mut self, boot: Boot) -> Result<(), Error> {
+        match self {
+            Self::On => Err(Error::AlreadyOn),
+            Self::Pending(_) => Err(Error::OnPending),
+            Self::Off => {
+                *self = Self::Pending(boot);
+                Ok(())
             }
         }
     }
 
-    /// `cpu` asks whether it was turned on: entry and context, once.
-    pub fn take(&mut self, cpu: usize) -> Option<(u64, u64)> {
-        let state = self.cpu(cpu)?;
-        let State::Pending { entry, context } = *state else { return None };
-        *state = State::On;
-        Some((entry, context))
+    /// Where it has to start, if it was turned on and has not been told yet.
+    pub const fn start(&mut self) -> Option<Boot> {
+        let Self::Pending(boot) = *self else { return None };
+        *self = Self::On;
+        Some(boot)
     }
 
-    /// CPU_OFF by `cpu` itself.
-    pub fn off(&mut self, cpu: usize) {
-        if let Some(state) = self.cpu(cpu) {
-            *state = State::Off;
+    /// What AFFINITY_INFO says of it.
+    #[must_use]
+    pub const fn info(self) -> u64 {
+        match self {
+            Self::On => 0,
+            Self::Off => 1,
+            Self::Pending(_) => 2,
         }
     }
+}
 
-    /// AFFINITY_INFO of a single CPU: 0 on, 1 off, 2 being turned on.
-    ///
-    /// # Errors
-    /// [`Error::InvalidParameters`] if there is no such CPU.
-    pub fn affinity_info(&mut self, cpu: Option<usize>) -> Result<u64, Error> {
-        match cpu.and_then(|cpu| self.cpu(cpu)) {
-            Some(State::On) => Ok(0),
-            Some(State::Off) => Ok(1),
-            Some(State::Pending { .. }) => Ok(2),
-            None => Err(Error::InvalidParameters),
-        }
+/// Answers what has the same answer for the host and for guests: the versions,
+/// and what there is. `None` if `function` is none of these.
+#[must_use]
+pub const fn discovery(function: u32, argument: u32) -> Option<u64> {
+    match function {
+        id::VERSION => Some(VERSION),
+        id::SMCCC_VERSION => Some(SMCCC_VERSION),
+        id::MIGRATE_INFO_TYPE => Some(MIGRATION_NOT_REQUIRED),
+        id::FEATURES => Some(features(argument)),
+        id::SMCCC_ARCH_FEATURES => Some(match argument {
+            id::SMCCC_VERSION | id::SMCCC_ARCH_FEATURES => 0,
+            _ => Error::NotSupported.code(),
+        }),
+        _ => None,
     }
 }
 
 /// PSCI_FEATURES: 0 if `function` is there. CPU_SUSPEND: original power state
 /// format, platform coordinated, as its feature flags are 0 too.
-#[must_use]
-pub const fn features(function: u32) -> Option<u64> {
-    let both = function & !id::SMC64;
-    match function {
-        id::VERSION
-        | id::CPU_OFF
-        | id::MIGRATE_INFO_TYPE
-        | id::SYSTEM_OFF
-        | id::SYSTEM_RESET
-        | id::FEATURES
-        | id::SMCCC_VERSION => Some(0),
-        _ if matches!(both, id::CPU_SUSPEND | id::CPU_ON | id::AFFINITY_INFO) => Some(0),
-        _ => None,
-    }
-}
-
-/// SMCCC_ARCH_FEATURES: 0 if `function` is there.
-#[must_use]
-pub const fn arch_features(function: u32) -> Option<u64> {
-    match function {
-        id::SMCCC_VERSION | id::SMCCC_ARCH_FEATURES => Some(0),
-        _ => None,
+const fn features(function: u32) -> u64 {
+    match (function & !id::SMC64, function & id::SMC64 != 0) {
+        (id::CPU_SUSPEND | id::CPU_ON | id::AFFINITY_INFO, _)
+        | (id::VERSION | id::CPU_OFF | id::MIGRATE_INFO_TYPE | id::FEATURES, false)
+        | (id::SYSTEM_OFF | id::SYSTEM_RESET | id::SMCCC_VERSION, false) => 0,
+        _ => Error::NotSupported.code(),
     }
 }
 
@@ -190,39 +157,30 @@ mod tests {
 
     #[test]
     fn a_cpu_goes_on_once_and_off_again() {
-        let mut p = Power::<4>::new(2);
-        assert_eq!(p.on(Some(0), 1, 2), Err(Error::AlreadyOn));
-        assert_eq!(p.on(Some(1), 1, 2), Ok(1));
-        assert_eq!(p.affinity_info(Some(1)), Ok(2));
-        assert_eq!(p.on(Some(1), 3, 4), Err(Error::OnPending));
-        assert_eq!(p.take(1), Some((1, 2)));
-        assert_eq!(p.take(1), None);
-        assert_eq!(p.on(Some(1), 3, 4), Err(Error::AlreadyOn));
-        assert_eq!(p.affinity_info(Some(1)), Ok(0));
-        p.off(1);
-        assert_eq!(p.affinity_info(Some(1)), Ok(1));
-        assert_eq!(p.on(Some(1), 5, 6), Ok(1));
-        assert_eq!(p.take(1), Some((5, 6)));
-    }
-
-    #[test]
-    fn absent_cpus_stay_absent() {
-        let mut p = Power::<4>::new(2);
-        for cpu in [None, Some(2), Some(3), Some(4), Some(usize::MAX)] {
-            assert_eq!(p.on(cpu, 0, 0), Err(Error::InvalidParameters));
-            assert_eq!(p.affinity_info(cpu), Err(Error::InvalidParameters));
-        }
-        assert_eq!(p.take(3), None);
-        assert_eq!(Power::<4>::new(9).present, 4);
+        let at = |pc| Boot { pc, x: [1, 2, 3, 4] };
+        let mut cpu = Power::Off;
+        assert_eq!((cpu.info(), cpu.start()), (1, None));
+        assert_eq!(cpu.turn_on(at(1)), Ok(()));
+        assert_eq!(cpu.info(), 2);
+        assert_eq!(cpu.turn_on(at(2)), Err(Error::OnPending));
+        assert_eq!(cpu.start(), Some(at(1)));
+        assert_eq!(cpu.start(), None);
+        assert_eq!(cpu.turn_on(at(2)), Err(Error::AlreadyOn));
+        assert_eq!(cpu.info(), 0);
+        cpu = Power::Off;
+        assert_eq!(cpu.turn_on(at(3)), Ok(()));
+        assert_eq!(cpu, Power::Pending(at(3)));
     }
 
     #[test]
     fn features_know_both_conventions() {
-        assert_eq!(features(id::CPU_ON | id::SMC64), Some(0));
-        assert_eq!(features(id::CPU_ON), Some(0));
-        assert_eq!(features(id::CPU_OFF | id::SMC64), None);
-        assert_eq!(features(0x8400_000e), None);
-        assert_eq!(arch_features(0x8000_8000), None);
+        let no = u64::MAX;
+        assert_eq!(features(id::CPU_ON | id::SMC64), 0);
+        assert_eq!(features(id::CPU_ON), 0);
+        assert_eq!(features(id::CPU_OFF | id::SMC64), no);
+        assert_eq!(features(0x8400_000e), no);
+        assert_eq!(discovery(id::SMCCC_ARCH_FEATURES, 0x8000_8000), Some(no));
+        assert_eq!(discovery(id::CPU_ON, 0), None);
         assert_eq!(Error::Denied.code(), u64::MAX - 2);
     }
 

@@ -18,6 +18,7 @@ use crate::host_map::HostMap;
 use crate::hw::Hardware;
 use crate::launch::{Boot, Config, Digest, Launch};
 use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
+use crate::psci::{self, Power};
 use crate::ram::Range;
 use crate::vgic::{SentSgis, Sgi};
 
@@ -50,17 +51,6 @@ enum Phase {
     Active,
     Resetting,
     Destroying,
-}
-
-/// Whether a vCPU may run, as PSCI sees it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Power {
-    /// Off.
-    Off,
-    /// Turned on by CPU_ON or at launch; starts here at its next run.
-    Pending(Boot),
-    /// On.
-    On,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +110,6 @@ pub struct Vm {
     pub(crate) map: GuestMap,
     launch: Launch,
     pub(crate) vcpus: [Vcpu; MAX_VCPUS_PER_VM],
-    pub(crate) running: u32,
     cntvoff: u64,
 }
 
@@ -154,7 +143,6 @@ impl Vm {
         map: GuestMap::new(VmSlot(0), Pa(0)),
         launch: Launch::NEW,
         vcpus: [Vcpu::NONE; MAX_VCPUS_PER_VM],
-        running: 0,
         cntvoff: 0,
     };
 
@@ -458,51 +446,40 @@ impl Vm {
             return Err(Error::Invalid);
         }
         self.in_use()?;
-        let mut claimed = [const { None }; 32];
-        let mut at = first;
-        for place in claimed.iter_mut().take(index(n)) {
-            left_out!(EveryPage => if at != first {
-                *place = m.pages().claim_from_anyone(at, Owner::Host);
-                at = at.offset(PAGE_SIZE);
-                continue;
-            });
-            match m.pages().claim(at, Owner::Host) {
-                Ok(page) => *place = Some(page),
-                Err(error) => {
-                    for page in claimed.into_iter().flatten() {
-                        m.pages().unclaim(page);
-                    }
-                    return Err(error);
-                }
-            }
-            at = at.offset(PAGE_SIZE);
-        }
-        let mut result = Ok(());
-        for page in claimed.into_iter().flatten() {
-            // All of them are RAM, which the host's map can always split; still
-            // no page must be lost.
-            if result.is_err() {
-                m.pages().unclaim(page);
-                continue;
-            }
-            match m.with_host_map(|map| map.hide(m.hw(), m.pages(), page)) {
-                Ok(page) => self.map.add_to_pool(m.hw(), m.pages(), page.scrub(m.hw())),
-                Err(error) => result = Err(error),
-            }
-        }
-        result
+        self.donate_pages(m, first, n)
     }
 
-    /// Gives vCPU `idx` to the calling CPU, to run it.
+    /// The step of [`Self::donate_pool`] for the first page: all of them are
+    /// claimed before one is taken. As deep as [`MAX_PAGES_PER_CALL`].
+    fn donate_pages(&mut self, m: &impl Machine, at: Pa, n: u64) -> Result<(), Error> {
+        if n == 0 {
+            return Ok(());
+        }
+        let page = m.pages().claim(at, Owner::Host);
+        #[cfg(feature = "leave-out")]
+        let page = if left_out!(EveryPage) {
+            page.or_else(|error| m.pages().claim_from_anyone(at, Owner::Host).ok_or(error))
+        } else {
+            page
+        };
+        let page = page?;
+        if let Err(error) = self.donate_pages(m, at.offset(PAGE_SIZE), n - 1) {
+            m.pages().unclaim(page);
+            return Err(error);
+        }
+        let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
+        self.map.add_to_pool(m.hw(), m.pages(), page.scrub(m.hw()));
+        Ok(())
+    }
+
+    /// Whether vCPU `idx` can run, and what a CPU needs for that.
     ///
     /// # Errors
     /// [`Error::Invalid`] if it does not exist, [`Error::State`] if the VM is
     /// not active or the vCPU off, [`Error::Busy`] if it runs.
-    pub fn enter(&mut self, idx: u64) -> Result<Run, Error> {
-        let phase = self.in_phase(Phase::Active);
-        let (vttbr, cntvoff, config) = (self.map.vttbr(), self.cntvoff, self.config);
-        let vcpu = self.vcpu(idx)?;
-        phase?;
+    pub fn runnable(&self, idx: u64) -> Result<Run, Error> {
+        let vcpu = self.vcpus.get(index(idx)).filter(|vcpu| vcpu.exists).ok_or(Error::Invalid)?;
+        self.in_phase(Phase::Active)?;
         if vcpu.running && !left_out!(VcpuBusy) {
             return Err(Error::Busy);
         }
@@ -513,11 +490,14 @@ impl Vm {
             Power::Pending(boot) => Some(boot),
             Power::On => None,
         };
-        vcpu.running = true;
-        let run =
-            Run { context: vcpu.context, run_page: vcpu.run_page, start, vttbr, cntvoff, config };
-        self.running += 1;
-        Ok(run)
+        Ok(Run {
+            context: vcpu.context,
+            run_page: vcpu.run_page,
+            start,
+            vttbr: self.map.vttbr(),
+            cntvoff: self.cntvoff,
+            config: self.config,
+        })
     }
 
     /// A vCPU sends an SGI.
@@ -536,11 +516,17 @@ impl Vm {
         self.vcpu(idx)?.sgis.take(set)
     }
 
-    /// The entry was accepted: a vCPU that had yet to start is on.
-    pub fn started(&mut self, idx: u64) {
-        if let Ok(vcpu) = self.vcpu(idx) {
-            vcpu.power = Power::On;
-        }
+    /// Gives vCPU `idx` to the calling CPU, to run it; if it had yet to start, it
+    /// is on.
+    ///
+    /// # Errors
+    /// Those of [`Self::runnable`].
+    pub fn enter(&mut self, idx: u64) -> Result<Run, Error> {
+        let run = self.runnable(idx)?;
+        let vcpu = self.vcpu(idx)?;
+        vcpu.running = true;
+        vcpu.power = Power::On;
+        Ok(run)
     }
 
     /// The calling CPU stops running vCPU `idx`; these SGIs it took are still
@@ -551,7 +537,6 @@ impl Vm {
         {
             vcpu.running = false;
             vcpu.sgis.add(sgis);
-            self.running = self.running.saturating_sub(1);
         }
     }
 
@@ -563,7 +548,6 @@ impl Vm {
         if result != 0
             && let Ok(target) = self.vcpu(u64::from(target))
             && matches!(target.power, Power::Pending(_))
-            && !target.running
         {
             target.power = Power::Off;
         }
@@ -586,14 +570,11 @@ impl Vm {
     /// run, whatever the host says (T17).
     ///
     /// # Errors
-    /// The target's power state if it is not off; `None` if there is no target.
-    pub fn cpu_on(&mut self, caller: u64, affinity: u64, boot: Boot) -> Result<(), Option<Power>> {
-        let target = self.by_affinity(affinity).ok_or(None)?;
-        let vcpu = self.vcpus.get_mut(target).ok_or(None)?;
-        if vcpu.power != Power::Off {
-            return Err(Some(vcpu.power));
-        }
-        vcpu.power = Power::Pending(boot);
+    /// As PSCI has it, for a target that is not off or not there.
+    pub fn cpu_on(&mut self, caller: u64, affinity: u64, boot: Boot) -> Result<(), psci::Error> {
+        let target = self.by_affinity(affinity).ok_or(psci::Error::InvalidParameters)?;
+        let vcpu = self.vcpus.get_mut(target).ok_or(psci::Error::InvalidParameters)?;
+        vcpu.power.turn_on(boot)?;
         if let Ok(caller) = self.vcpu(caller) {
             caller.starting = u8::try_from(target).ok();
         }
@@ -631,7 +612,7 @@ impl Vm {
     }
 
     fn scrub(&mut self, m: &impl Machine, phase: Phase) -> Result<(), Error> {
-        if self.running != 0 && !left_out!(VmBusy) {
+        if self.vcpus.iter().any(|vcpu| vcpu.running) && !left_out!(VmBusy) {
             return Err(Error::Busy);
         }
         if self.phase != phase {

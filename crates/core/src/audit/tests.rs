@@ -362,11 +362,6 @@ fn at_rest_no_vcpu_runs_and_each_has_its_context() {
     vm.enter(0).unwrap();
     let running = Err(Violation::Running(SLOT));
     assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), running);
-    vm.vcpus[0].running = false;
-    assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), running);
-    vm.vcpus[0].running = true;
-    vm.running = 0;
-    assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), running);
     vm.vcpus[0].context = 512;
     vm.leave(0, 0);
     assert_eq!(audit(&[(SLOT, &vm)], 1 << 6), Err(Violation::Context(512)));

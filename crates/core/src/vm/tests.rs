@@ -35,11 +35,11 @@ impl Snapshot {
         });
         let state = |vm: &Vm| {
             let Vm { phase, slot, generation, config, ram, devices, map, launch, .. } = vm;
-            let Vm { vcpus, running, cntvoff, .. } = vm;
+            let Vm { vcpus, cntvoff, .. } = vm;
             let digest = launch.digest(config, ram.iter(), core::iter::empty());
             format!(
                 "{phase:?} {slot:?} {generation} {config:?} {ram:?} {devices:?} {map:?} \
-                 {vcpus:?} {running} {cntvoff} {digest:x?} {:?}",
+                 {vcpus:?} {cntvoff} {digest:x?} {:?}",
                 launch.check(Ipa(RAM))
             )
         };
@@ -550,8 +550,8 @@ fn a_vcpu_runs_on_one_cpu_at_a_time() {
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(1)), Error::Invalid);
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(u64::MAX)), Error::Invalid);
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(17)), Error::State);
-    assert!(vm.running == 0);
-    let run = vm.enter(0).unwrap();
+    // As long as an entry is refused, it starts the next time.
+    let run = vm.runnable(0).unwrap();
     let expected = Run {
         context: 5,
         run_page: host_page(RUN),
@@ -561,20 +561,16 @@ fn a_vcpu_runs_on_one_cpu_at_a_time() {
         config: CONFIG,
     };
     assert_eq!(run, expected);
-    assert!(vm.running != 0);
+    assert_eq!((vm.power(0), vm.runnable(0)), (Some(Power::Pending(BOOT)), Ok(expected)));
+    assert_eq!(vm.enter(0), Ok(expected));
+    assert_eq!(vm.power(0), Some(Power::On));
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::Busy);
     assert_eq!(refused(&m, &mut vm, |vm| vm.reset(&m)), Error::Busy);
     assert_eq!(refused(&m, &mut vm, |vm| vm.destroy(&m, |_| panic!("running"))), Error::Busy);
-    // The entry was refused: it starts the next time.
-    vm.leave(0, 0);
-    assert!(vm.running == 0);
-    vm.leave(0, 0);
     vm.leave(17, 0);
     vm.leave(1, 0);
-    assert!(vm.running == 0);
-    assert_eq!(vm.enter(0).unwrap().start, Some(BOOT));
-    vm.started(0);
-    assert_eq!(vm.power(0), Some(Power::On));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::Busy);
+    vm.leave(0, 0);
     vm.leave(0, 0);
     assert_eq!(vm.enter(0).unwrap().start, None);
     vm.cpu_off(0);
@@ -589,18 +585,17 @@ fn the_guest_says_where_a_vcpu_starts() {
     let m = FakeMachine::new(&records);
     let mut vm = active(&m);
     vm.enter(0).unwrap();
-    vm.started(0);
     let boot = Boot { pc: 0x1234, x: [9, 0, 0, 0] };
     assert_eq!(mpidr_affinity(17), 0x101);
     assert_eq!(mpidr_affinity(0xfff), 0xff0f);
-    assert_eq!(vm.cpu_on(0, 0x100, boot), Err(None));
-    assert_eq!(vm.cpu_on(0, 17, boot), Err(None));
-    assert_eq!(vm.cpu_on(0, 0x104, boot), Err(None));
+    assert_eq!(vm.cpu_on(0, 0x100, boot), Err(psci::Error::InvalidParameters));
+    assert_eq!(vm.cpu_on(0, 17, boot), Err(psci::Error::InvalidParameters));
+    assert_eq!(vm.cpu_on(0, 0x104, boot), Err(psci::Error::InvalidParameters));
     assert_eq!(vm.power(0x100), None);
     assert_eq!(vm.power(0x101), Some(Power::Off));
     assert_eq!(vm.cpu_on(0, 0x101, boot), Ok(()));
     assert_eq!(vm.power(0x101), Some(Power::Pending(boot)));
-    assert_eq!(vm.cpu_on(0, 0x101, BOOT), Err(Some(Power::Pending(boot))));
+    assert_eq!(vm.cpu_on(0, 0x101, BOOT), Err(psci::Error::OnPending));
     // The host did it.
     vm.cpu_on_answered(0, 0);
     assert_eq!(vm.power(0x101), Some(Power::Pending(boot)));
@@ -608,9 +603,8 @@ fn the_guest_says_where_a_vcpu_starts() {
     vm.cpu_on_answered(0, 1);
     assert_eq!(vm.power(0x101), Some(Power::Pending(boot)));
     assert_eq!(vm.enter(17).unwrap().start, Some(boot));
-    vm.started(17);
-    assert_eq!(vm.cpu_on(0, 0x101, BOOT), Err(Some(Power::On)));
-    assert_eq!(vm.cpu_on(17, 0, BOOT), Err(Some(Power::On)));
+    assert_eq!(vm.cpu_on(0, 0x101, BOOT), Err(psci::Error::AlreadyOn));
+    assert_eq!(vm.cpu_on(17, 0, BOOT), Err(psci::Error::AlreadyOn));
     vm.cpu_off(17);
     vm.leave(17, 0);
     // The host could not do it.
@@ -621,19 +615,17 @@ fn the_guest_says_where_a_vcpu_starts() {
     // It says so, but runs it already: too late.
     vm.enter(17).unwrap();
     vm.cpu_on_answered(0, u64::MAX);
-    assert_eq!(vm.power(0x101), Some(Power::Pending(BOOT)));
+    assert_eq!(vm.power(0x101), Some(Power::On));
     vm.leave(17, 0);
     vm.cpu_off(17);
     vm.cpu_on(0, 0x101, boot).unwrap();
     vm.enter(17).unwrap();
-    vm.started(17);
     vm.leave(17, 0);
     vm.cpu_on_answered(0, u64::MAX);
     assert_eq!(vm.power(0x101), Some(Power::On));
     // Nobody's answer.
     vm.cpu_on_answered(63, 1);
     vm.cpu_off(63);
-    vm.started(63);
 }
 
 #[test]
@@ -655,7 +647,6 @@ fn an_sgi_is_for_vcpus_of_its_vm_that_it_was_sent_to() {
     // Still pending after the run; once off and on again too.
     vm.cpu_on(0, 0x101, BOOT).unwrap();
     vm.enter(17).unwrap();
-    vm.started(17);
     vm.cpu_off(17);
     vm.leave(17, 1 << 5);
     vm.leave(17, 1 << 5);
@@ -689,7 +680,6 @@ fn a_reset_returns_every_page_and_opens_the_launch() {
     vm.populate(&m, RAM + 0x1000, host_page(MEM).0, &mut [0; 4096]).unwrap();
     let digest = vm.activate(&m).unwrap();
     vm.enter(0).unwrap();
-    vm.started(0);
     m.hw.load(vm.map.vttbr());
     fill(&m, &mut vm, 150);
     vm.cpu_on(0, 0x101, BOOT).unwrap();
