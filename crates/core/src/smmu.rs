@@ -25,15 +25,15 @@ pub fn stream_table_entry(root: Pa, ps: u64) -> [u64; 8] {
 /// A command of the queue, 16 bytes.
 pub type Command = [u64; 2];
 
-/// `CMD_CFGI_ALL` (4.3.4): forget all stream table entries.
+/// `CMD_CFGI_ALL` (4.3): forget all stream table entries.
 pub const FORGET_STREAMS: Command = [0x04, 31];
-/// `CMD_TLBI_NSNH_ALL` (4.4.4): forget all translations of the normal world.
+/// `CMD_TLBI_NSNH_ALL` (4.4): forget all translations of the normal world.
 pub const FORGET_ALL: Command = [0x30, 0];
 /// `CMD_SYNC` (4.7.3) without a signal: done when the queue's consumer has passed
-/// it, and then all that came by what earlier commands removed has arrived.
+/// it, and then all that came by what earlier commands removed has arrived (3.21.1).
 pub const SYNC: Command = [0x46, 0];
 
-/// `CMD_TLBI_S2_IPA` (4.4.3) for VMID 0: forget what `ipa` translates to, at
+/// `CMD_TLBI_S2_IPA` (4.4) for VMID 0: forget what `ipa` translates to, at
 /// any level.
 #[must_use]
 pub const fn forget(ipa: Ipa) -> Command {

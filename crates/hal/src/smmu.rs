@@ -35,7 +35,7 @@ const IDR1_PRESET: u32 = 0b11 << 29;
 const IDR5_GRAN4K: u32 = 1 << 4;
 const SMMUEN: u32 = 1;
 const CMDQEN: u32 = 1 << 3;
-/// Requests that claim to be translated are checked (3.9.2); RES0 without ATS.
+/// Requests that claim to be translated are checked (6.3.9); RES0 without ATS.
 const ATSCHK: u32 = 1 << 4;
 /// CR1: tables and queue are read inner shareable, write-back.
 const CR1_COHERENT: u32 = 0xd75;
