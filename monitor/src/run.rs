@@ -21,7 +21,7 @@ use havmsi_hal::debug::DebugState;
 use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::sysreg::{
     cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, icc_sre_el2,
-    mdcr_el2, scr_el3, spsr_el2, vmpidr_el2,
+    id_aa64pfr0_el1, mdcr_el2, scr_el3, spsr_el2, vdisr_el2, vmpidr_el2,
 };
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State, Stage2};
@@ -236,6 +236,11 @@ fn enter(
         vgic::load(gic, &context.vgic, hcr, &entry.lr, used_lrs);
     } else if !havmsi_core::left_out!(CloseGic) {
         vgic::close(gic);
+    }
+    // FEAT_RAS is hidden but can't be turned off: this is a guest's DISR_EL1, and
+    // would tell it what the last one left there.
+    if id_aa64pfr0_el1::read() >> 28 & 15 != 0 {
+        vdisr_el2::write(0);
     }
     let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
     let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);

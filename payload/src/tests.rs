@@ -4,6 +4,7 @@
 mod access;
 mod calls;
 mod dma;
+mod every_register;
 mod exits;
 mod features;
 mod hypercalls;

@@ -100,6 +100,7 @@ lower_level! {
     hstr_el2, mair_el1, mdcr_el2, mdscr_el1, par_el1, sctlr_el1, sctlr_el2, sp_el0, sp_el1,
     spsr_el1, spsr_el2, tcr_el1, tpidr_el0, tpidr_el1, tpidrro_el0, ttbr0_el1, ttbr1_el1,
     vbar_el1, vbar_el2, vmpidr_el2, vpidr_el2, vtcr_el2, vttbr_el2, cptr_el3, mdcr_el3,
+    vdisr_el2 = "s3_4_c12_c1_1",
     icc_eoir0_el1 = "s3_0_c12_c8_1",
     icc_igrpen0_el1 = "s3_0_c12_c12_6",
     icc_pmr_el1 = "s3_0_c4_c6_0",
