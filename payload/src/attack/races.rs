@@ -148,7 +148,7 @@ guest_program!(reporter, "1: str xzr, [x20, #0x200]", "b 1b");
 
 /// `lr[0]` of the run page, as the host gives it and gets it back (docs/abi.md).
 const LR: u64 = 0x40;
-const LR_AFTER: u64 = 0x870;
+const LR_AFTER: u64 = 0x850;
 /// The run page that CPU 1 writes to.
 static TARGET: AtomicU64 = AtomicU64::new(0);
 const GOOD: u64 = 1 << 60 | 40;
