@@ -114,7 +114,7 @@ fn hostile_page(cpu: &mut Cpu) -> u64 {
 
 /// A page that a call may take.
 fn page(cpu: &mut Cpu) -> u64 {
-    world::common(cpu.random.below(world::COMMON))
+    world::any_common(&mut cpu.random)
 }
 
 fn any_page(cpu: &mut Cpu) -> u64 {
@@ -257,9 +257,10 @@ pub fn attack(cpu: &mut Cpu) -> Outcome {
     let over = world::ROW - start % world::ROW + 1;
     let across = (world::common(start), over + cpu.random.below(8));
     let vm = any_handle(cpu);
-    let (function, [a, b, c, d]) = match cpu.random.below(24) {
-        0 => (Function::VmAddRam, [target, unaligned, PAGE_SIZE, 0]),
-        1 => (Function::VmAddRam, [target, RAM, 1 << (41 + n % 23), 0]),
+    let either = if cpu.random.once_in(2) { target } else { vm };
+    let (function, [a, b, c, d]) = match cpu.random.below(26) {
+        0 => (Function::VmAddRam, [either, unaligned, PAGE_SIZE, 0]),
+        1 => (Function::VmAddRam, [either, low, 1 << (41 + n % 23), 0]),
         2 => (Function::VcpuCreate, [target, n, hostile, 0]),
         3 => (Function::VcpuCreate, [target, 2 + n % (1 << 60), page(cpu), 0]),
         4 => (Function::VcpuSetBoot, [target, 2 + n % (1 << 60), RAM, 0]),
@@ -270,7 +271,10 @@ pub fn attack(cpu: &mut Cpu) -> Outcome {
         9 => (Function::PageMap, [target, ipa, page(cpu), n + (n == PAGE_SIZE) as u64]),
         10 => (Function::PageUnmap, [target, unaligned, n, 0]),
         11 => (Function::PageUnmap, [target, ipa, too_many, 0]),
-        12 => (Function::MapDev, [target, ipa, hostile & !0x1000 | 0x2000, 0]),
+        12 => {
+            let ipa = if cpu.random.once_in(2) { low } else { ipa };
+            (Function::MapDev, [either, ipa, hostile & !0x1000 | 0x2000, 0])
+        }
         13 => (Function::PoolDonate, [target, hostile, 1 + n % 32, 0]),
         14 => (Function::PoolDonate, [target, across.0, across.1, 0]),
         15 => (Function::VcpuRun, [target, 1 + n % (1 << 60), 0, 0]),
@@ -280,6 +284,9 @@ pub fn attack(cpu: &mut Cpu) -> Outcome {
         18 => (Function::VcpuCreate, [vm, n, hostile, 0]),
         19 => (Function::PoolDonate, [vm, hostile, 1 + n % 32, 0]),
         20 => (Function::PoolDonate, [vm, across.0, across.1, 0]),
+        24 => (Function::TimerLoad, [bad_handle(cpu).max(1), 0, 0, 0]),
+        // Where a victim has memory.
+        23 => (Function::MapDev, [target, RAM + n % 16 * PAGE_SIZE, 0x0804_0000, 0]),
         // A victim alone: the solo VM may be open.
         21 if victim => (Function::VmActivate, [target, 0, 0, 0]),
         22 if victim => (Function::VcpuSetBoot, [target, 0, RAM, 0]),

@@ -9,7 +9,7 @@ use crate::cpu::MAX_CPUS;
 use crate::smc::psci;
 use crate::{gic, smc};
 
-use super::{Cpu, call, world};
+use super::{Cpu, call, touch, world};
 
 // What CPU_OFF does not keep: x19 to x30, the stack pointer.
 const SAVED: usize = 13;
@@ -71,6 +71,7 @@ pub fn off_and_on(cpu: &Cpu) -> u64 {
     AWAY[cpu.number].store(0, Ordering::SeqCst);
     if result == 1 {
         gic::init_cpu();
+        touch::open_fp();
     }
     world::count(cpu.number, psci::CPU_OFF, result);
     result

@@ -7,7 +7,7 @@ use havmsi_abi::{EXIT_OFFSET, EntryFlags, ExitClass, Function, PAGE_SIZE, WORDS_
 
 use super::calls::checked;
 use super::guests::{self, FOUND, FOUND_VALUE};
-use super::{Cpu, index, is_magic, world};
+use super::{Cpu, index, is_magic, touch, world};
 use crate::guest::{PORT, RAM, VECTORS_AT};
 use crate::harness::{Failure, Outcome};
 use crate::memory;
@@ -28,9 +28,10 @@ pub struct Shared {
     left: u64,
 }
 
-/// A page of RAM, mostly.
+/// A page of RAM, mostly; one in two is of the few to which the guest writes.
 pub fn ipa(cpu: &mut Cpu) -> u64 {
-    let page = RAM + cpu.random.below(PAGES) * PAGE_SIZE;
+    let pages = cpu.random.pick(&[16, PAGES]);
+    let page = RAM + cpu.random.below(pages) * PAGE_SIZE;
     match cpu.random.below(16) {
         0 => page + (cpu.random.below(7) << 21),
         1 => 0x8000_0000 + cpu.random.below(4) * PAGE_SIZE,
@@ -166,15 +167,18 @@ impl Shared {
         let (at, data) = (word(2), word(7));
         let found = at == PORT + FOUND && data == FOUND_VALUE;
         ensure!(!found, "a shared guest found its registers changed");
+        if cpu.random.once_in(4) {
+            touch::no_guests_fp()?;
+        }
         match class {
             0 => gic::take_pending(),
             // A fault; if others changed the page meanwhile the call is refused.
             7 => {
-                let page = world::common(cpu.random.below(world::COMMON));
+                let page = world::any_common(&mut cpu.random);
                 let args = [self.handle, at & !(PAGE_SIZE - 1), page, PAGE_SIZE];
                 let answer = checked(Function::PageMap, &args)?;
                 if let Err(Refusal::Wanted(1..)) = answer {
-                    let page = world::common(cpu.random.below(world::COMMON));
+                    let page = world::any_common(&mut cpu.random);
                     let _ = checked(Function::PoolDonate, &[self.handle, page, 1])?;
                 }
             }
@@ -208,8 +212,7 @@ impl Shared {
         self.left -= 1;
         match cpu.random.below(20) {
             0..2 => {
-                let args =
-                    [vm, ipa(cpu), world::common(cpu.random.below(world::COMMON)), PAGE_SIZE];
+                let args = [vm, ipa(cpu), world::any_common(&mut cpu.random), PAGE_SIZE];
                 let _ = checked(Function::PageMap, &args)?;
             }
             2 => {

@@ -5,6 +5,7 @@
 
 use havmsi_abi::{EntryFlags, Exit, ExitClass, Function, PAGE_SIZE};
 
+use super::guests::FOUND;
 use super::world::{self, Known, LAST_WORD};
 use super::{Cpu, guests, host, index};
 use crate::guest::{PORT, RAM, VECTORS_AT, Vcpu};
@@ -144,6 +145,8 @@ impl Solo {
             Err(other) => return Err(other.into()),
         }
         self.known(cpu).set(self.handle);
+        let beyond = [(1 << bits) - PAGE_SIZE, 2 * PAGE_SIZE];
+        must!(self.call(Function::VmAddRam, &beyond), Err(INVALID));
         must!(self.call(Function::VmAddRam, &[RAM, DATA - RAM + PLACES * PAGE_SIZE]), Ok(()));
         for idx in 0..2 {
             let run = self.choose_last()?;
@@ -342,13 +345,43 @@ impl Solo {
         Ok(())
     }
 
+    /// Entries that are refused.
+    fn bad_entry(&mut self, cpu: &mut Cpu) -> Outcome {
+        let Some(vcpu) = &mut self.vcpu else { return Ok(()) };
+        let good = vcpu.entry;
+        let access = matches!(vcpu.exit.class, ExitClass::MmioWrite | ExitClass::MmioRead);
+        let e = &mut vcpu.entry;
+        let lr = 1 << 62 | 1 << 60;
+        match cpu.random.below(8) {
+            // What was not asked for.
+            0 if access => e.flags.0 |= EntryFlags::INJECT_UNDEF,
+            1 if access => e.flags.0 |= EntryFlags::INJECT_SEA | EntryFlags::COMPLETE,
+            0 => e.flags.0 |= EntryFlags::COMPLETE,
+            1 => e.flags.0 |= EntryFlags::INJECT_SEA,
+            2 => e.flags.0 |= 1 << (5 + cpu.random.below(59)),
+            3 => e.nr_lr = cpu.random.pick(&[17, 64, 1 << 32, u64::MAX]),
+            // Another's interrupt, an SGI that nobody sent, no interrupt, one twice.
+            4 => (e.nr_lr, e.lr[0]) = (1, lr | 1 << 61 | 30 << 32 | 27),
+            5 => (e.nr_lr, e.lr[0]) = (1, lr | cpu.random.below(16)),
+            6 => (e.nr_lr, e.lr[0]) = (1, lr | 1020),
+            _ => (e.nr_lr, e.lr[0], e.lr[1]) = (2, lr | 40, lr | 40),
+        }
+        vcpu.write_entry();
+        vcpu.entry = good;
+        must!(host(Function::VcpuRun, &[self.handle, 0]), Err(INVALID));
+        Ok(())
+    }
+
     /// Runs the guest once, and does what its exit asks for.
     fn run(&mut self, cpu: &mut Cpu) -> Outcome {
         let Some(vcpu) = &mut self.vcpu else { return Ok(()) };
-        if vcpu.exit.class == ExitClass::MmioWrite {
+        // Nothing asks for these.
+        vcpu.entry.gpr = [(); 4].map(|()| cpu.random.any() >> 1);
+        vcpu.entry.data = u64::MAX;
+        if matches!(vcpu.exit.class, ExitClass::MmioWrite | ExitClass::MmioRead) {
             match cpu.random.below(16) {
-                // The store comes again.
-                0 => self.again = true,
+                // The access comes again.
+                0 => self.again = vcpu.exit.ipa == PORT,
                 1 => vcpu.entry.flags.0 |= EntryFlags::INJECT_SEA,
                 _ => vcpu.entry.flags.0 |= EntryFlags::COMPLETE,
             }
@@ -363,24 +396,27 @@ impl Solo {
                 expect!(exit, Exit::default());
                 gic::take_pending();
             }
-            ExitClass::MmioWrite => {
-                ensure!(exit.ipa == PORT, "the guest found {} at {:#x}", exit.data, exit.ipa);
-                let next = if self.again { self.report } else { self.report + 1 };
-                ensure!(exit.data == next, "report {}, not {next}", exit.data);
-                (self.report, self.again) = (next, false);
-                exit.data = 0;
-                // 64 bits wide, of a register that is not told.
-                let esr = 0x24 << 26 | 1 << 25 | 1 << 24 | 3 << 22 | 1 << 15 | 1 << 6;
+            ExitClass::MmioWrite | ExitClass::MmioRead => {
+                let data = core::mem::take(&mut exit.data);
+                let found = exit.ipa == PORT + FOUND;
+                ensure!(!found, "the guest found {data}: see guests.rs");
+                // Of a register that is not told: 8 bytes, or one.
+                let esr = 0x24 << 26 | 1 << 25 | 1 << 24;
+                let (esr, expected) = match exit.ipa.wrapping_sub(PORT) {
+                    0 => {
+                        let next = if self.again { self.report } else { self.report + 1 };
+                        (self.report, self.again) = (next, false);
+                        (esr | 3 << 22 | 1 << 15 | 1 << 6, next)
+                    }
+                    0x10 => (esr | 1 << 6, 0xff),
+                    _ => (esr, 0),
+                };
+                ensure!(data == expected, "{exit:x?} tells {data:#x}, not {expected:#x}");
+                // The level of the fault is the tables'.
                 exit.esr &= !0x3f;
                 expect!(
                     exit,
-                    Exit {
-                        class: ExitClass::MmioWrite,
-                        esr,
-                        ipa: PORT,
-                        mode: 1,
-                        ..Exit::default()
-                    }
+                    Exit { class: exit.class, esr, ipa: exit.ipa, mode: 1, ..Exit::default() }
                 );
             }
             ExitClass::Fault => {
@@ -429,7 +465,7 @@ impl Solo {
             return self.launch(cpu);
         }
         if self.victim {
-            return self.run(cpu);
+            return if cpu.random.once_in(8) { self.bad_entry(cpu) } else { self.run(cpu) };
         }
         if self.runs == 0 {
             return if cpu.random.once_in(3) { self.destroy(cpu) } else { self.reset(cpu) };
@@ -442,6 +478,7 @@ impl Solo {
                 self.map(cpu, place)
             }
             2..8 => self.refused(cpu),
+            9..12 => self.bad_entry(cpu),
             8 => {
                 must!(host(Function::TimerLoad, &[self.handle]), Ok(()));
                 Ok(())

@@ -13,7 +13,8 @@ use crate::cpu::MAX_CPUS;
 use crate::gic::{self, redistributor};
 use crate::harness::Outcome;
 use crate::memory::{self, PATTERN, RAM_BASE, RAM_SIZE};
-use crate::{ensure, exception, expect, guest_program, mrs, try_instruction};
+use crate::tests::registers::get_fp;
+use crate::{ensure, exception, expect, guest_program, mrs, msr, try_instruction};
 
 /// Registers that are the same at all times.
 const REGISTERS: usize = 10;
@@ -47,14 +48,28 @@ fn frame_word(cpu: &Cpu, i: usize) -> u64 {
 
 /// Before anything happened: what the CPU's registers hold.
 pub fn remember(cpu: &Cpu) {
+    open_fp();
     let frame = (0..WORDS).map(|i| frame_word(cpu, i));
     for (place, value) in SEEN[cpu.number].iter().zip(registers().into_iter().chain(frame)) {
         place.store(value, Ordering::Relaxed);
     }
 }
 
+/// FP registers don't trap.
+pub fn open_fp() {
+    msr!("cpacr_el1", 0x30_0000);
+}
+
+/// No register of this CPU's holds what a guest had in it.
+pub fn no_guests_fp() -> Outcome {
+    let left = get_fp().into_iter().find(|word| is_magic(*word));
+    ensure!(left.is_none(), "a V register holds {left:x?}");
+    Ok(())
+}
+
 /// They still hold it.
 pub fn compare(cpu: &Cpu) -> Outcome {
+    no_guests_fp()?;
     let frame = (0..WORDS).map(|i| frame_word(cpu, i));
     let now = registers().into_iter().chain(frame);
     for (i, (place, value)) in SEEN[cpu.number].iter().zip(now).enumerate() {
@@ -176,17 +191,30 @@ pub fn anything(cpu: &mut Cpu) -> Outcome {
     }
 }
 
-/// Writes into a run page that another CPU may be running a vCPU with.
+/// Writes into a run page that another CPU may be running a vCPU with: a word
+/// or two again and again, so that it changes while the monitor reads.
 fn scribble(cpu: &mut Cpu) {
     let page = world::run_page(cpu.random.below(world::RUN));
-    for _ in 0..16 {
-        let word = cpu.random.below(24);
-        let value = match word {
-            0 => cpu.random.pick(&[0, 1, 1, 2, 4, 8, 9, 3, 7, 31, 32, u64::MAX]),
-            7 => cpu.random.pick(&[0, 0, 1, 2, 4, 5, 16, 17, 64, u64::MAX]),
-            _ => cpu.random.any() >> cpu.random.below(64) >> 1,
-        };
-        // It may be somebody's memory by now.
-        let _ = memory::poke(page + 8 * word, if is_magic(value) { 0 } else { value });
-    }
+    let random = &mut cpu.random;
+    let mut pair = |word: u64| match word {
+        0 => (0, random.pick(&[1, 2, 4, 8, 9, 3, 7, 31, 32, u64::MAX])),
+        7 => (random.pick(&[0, 1]), random.pick(&[2, 4, 5, 16, 17, 64, u64::MAX])),
+        _ => (random.any() >> 33, random.any() >> 1),
+    };
+    let (flags, count) = (pair(0), pair(7));
+    let other = pair(1).0 % 24;
+    let values = pair(1);
+    // It may be somebody's memory by now.
+    let _ = exception::catch(|| {
+        for _ in 0..100 {
+            memory::write(page, flags.0);
+            memory::write(page + 8 * 7, count.0);
+            memory::write(page + 8 * other, values.0);
+            memory::write(page, flags.1);
+            memory::write(page + 8 * 7, count.1);
+            memory::write(page + 8 * other, if is_magic(values.1) { 0 } else { values.1 });
+        }
+        memory::write(page, flags.0);
+        memory::write(page + 8 * 7, count.0);
+    });
 }

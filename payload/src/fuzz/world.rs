@@ -15,6 +15,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use havmsi_abi::{Error, Function, PAGE_SIZE, UID_CALL};
 
 use super::index;
+use super::random::Random;
 use crate::cpu::MAX_CPUS;
 use crate::memory::{ARENA, ARENA_END};
 use crate::smc::psci;
@@ -65,6 +66,13 @@ const fn row(n: u64) -> u64 {
 /// A common page.
 pub fn common(i: u64) -> u64 {
     page(row(i / ROW) + i % ROW)
+}
+
+/// A common page at random: one in three is of the few that all CPUs want most.
+pub fn any_common(random: &mut Random) -> u64 {
+    let wanted = random.below(ROWS) * ROW + ROW / 2;
+    let any = random.below(COMMON);
+    common(if random.once_in(3) { wanted } else { any })
 }
 
 /// The page behind a row.
