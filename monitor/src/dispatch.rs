@@ -2,6 +2,7 @@
 //! The calls of the host that are the monitor's own (`docs/abi.md`).
 
 use havmsi_abi::{Error, Function, MAX_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION};
+use havmsi_core::addr::{Pa, words};
 use havmsi_core::guest_map::MapError;
 use havmsi_core::launch::{Boot, Config};
 use havmsi_core::vm::{Machine, Vm};
@@ -14,8 +15,6 @@ use crate::{log, platform, run, vms};
 /// What a call gives back in `x0` to `x5`.
 type Results = [u64; 6];
 
-const UNKNOWN: Results = [Error::NotSupported.code().cast_unsigned(), 0, 0, 0, 0, 0];
-
 /// A call that is not PSCI's. Returns `x0` on, or `None` if a guest is the
 /// current world now and the results come with its exit.
 pub fn host_call(function: u32, args: &[u64; 8]) -> Option<Results> {
@@ -27,36 +26,30 @@ pub fn host_call(function: u32, args: &[u64; 8]) -> Option<Results> {
     if function == havmsi_abi::AUDIT_CALL {
         return Some([crate::audit::call(args[1]), 0, 0, 0, 0, 0]);
     }
-    let Some(function) = Function::from_id(function) else {
-        return Some(UNKNOWN);
+    let result = match Function::from_id(function) {
+        None => Err(Error::NotSupported.into()),
+        Some(Function::VcpuRun) => match run::run(args[1], args[2]) {
+            Ok(()) => return None,
+            Err(error) => Err(error.into()),
+        },
+        Some(function) => call(host::world(), function, args),
     };
-    if function == Function::VcpuRun {
-        return match run::run(args[1], args[2]) {
-            Ok(()) => None,
-            Err(error) => Some(refusal(error.into())),
-        };
-    }
-    Some(match call(host::world(), function, args) {
-        Ok([a, b, c, d, e]) => [SUCCESS.cast_unsigned(), a, b, c, d, e],
-        Err(error) => refusal(error),
-    })
+    let ([a, b, c, d, e], code) = match result {
+        Ok(values) => (values, SUCCESS),
+        Err(MapError::Tables(pages)) => ([pages, 0, 0, 0, 0], Error::NoMemory.code()),
+        Err(MapError::Other(error)) => ([0; 5], error.code()),
+    };
+    Some([code.cast_unsigned(), a, b, c, d, e])
 }
 
-/// Why a call was refused, and the pages that are short.
-fn refusal(error: MapError) -> Results {
-    let (error, pages) = match error {
-        MapError::Tables(pages) => (Error::NoMemory, pages),
-        MapError::Other(error) => (error, 0),
-    };
-    [error.code().cast_unsigned(), pages, 0, 0, 0, 0]
-}
-
+/// All calls but VCPU_RUN, with `x1` on if they return something there.
 fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], MapError> {
     let [_, a1, a2, a3, a4, a5, a6, a7] = *args;
-    let done = [0; 5];
     match function {
-        Function::Version => Ok([VERSION, 0, 0, 0, 0]),
-        Function::CpuInfo => Ok([vgic::vtr(&world.gic), world.gic.version(), MAX_IPA_BITS, 0, 0]),
+        Function::Version => return Ok([VERSION, 0, 0, 0, 0]),
+        Function::CpuInfo => {
+            return Ok([vgic::vtr(&world.gic), world.gic.version(), MAX_IPA_BITS, 0, 0]);
+        }
         Function::HostReset => {
             for (_, vm) in vms::all() {
                 let mut vm = vm.lock();
@@ -64,80 +57,65 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
                     vm.destroy(world, vms::free_context)?;
                 }
             }
-            Ok(done)
         }
         Function::VmCreate => {
             let config = Config { max_vcpus: a1, gic: a2, ipa_bits: a3 };
             if config.gic != 0 && config.gic != world.gic.version() {
                 return Err(Error::Invalid.into());
             }
-            create(config)
+            return create(config);
         }
         Function::VcpuCreate => with_vm(a1, |vm| {
             let context = vms::take_context().ok_or(Error::NoMemory)?;
-            let result = vm.create_vcpu(world, a2, a3, context);
-            if result.is_err() {
-                vms::free_context(context);
-            }
-            Ok(result.map(|()| done)?)
-        }),
-        Function::VmAddRam => with_vm(a1, |vm| Ok(vm.add_ram(a2, a3).map(|()| done)?)),
-        Function::VcpuSetBoot => with_vm(a1, |vm| {
-            Ok(vm.set_boot(a2, Boot { pc: a3, x: [a4, a5, a6, a7] }).map(|()| done)?)
-        }),
-        Function::VmPopulate => with_vm(a1, |vm| {
-            let mut buffer = [0; 4096];
-            vm.populate(world, a2, a3, &mut buffer).map(|()| done)
-        }),
-        Function::VmActivate => with_vm(a1, |vm| {
-            let digest = vm.activate(world)?;
+            vm.create_vcpu(world, a2, a3, context).inspect_err(|_| vms::free_context(context))
+        })?,
+        Function::VmAddRam => with_vm(a1, |vm| vm.add_ram(a2, a3))?,
+        Function::VcpuSetBoot => {
+            with_vm(a1, |vm| vm.set_boot(a2, Boot { pc: a3, x: [a4, a5, a6, a7] }))?;
+        }
+        Function::VmPopulate => with_vm(a1, |vm| vm.populate(world, a2, a3, &mut [0; 4096]))?,
+        Function::VmActivate => {
+            let digest = with_vm(a1, |vm| vm.activate(world))?;
             log!("VM {a1:#x} launched, digest {}", Hex(&digest));
-            let mut words =
-                digest.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
-            Ok(core::array::from_fn(|_| words.next().unwrap_or(0)))
-        }),
+            let [a, b, c, d] = words(&digest);
+            return Ok([a, b, c, d, 0]);
+        }
         Function::TimerLoad => {
-            let offset = if a1 == 0 { 0 } else { with_vm(a1, |vm| Ok(vm.cntvoff()))? };
+            let offset = if a1 == 0 { 0 } else { with_vm(a1, |vm| Ok::<_, Error>(vm.cntvoff()))? };
             cntvoff_el2::write(offset);
-            Ok(done)
         }
-        Function::PageMap => {
-            if a4 != havmsi_abi::PAGE_SIZE {
-                return Err(Error::Invalid.into());
-            }
-            with_vm(a1, |vm| vm.map_page(world, a2, a3).map(|()| done))
+        Function::PageMap if a4 != havmsi_abi::PAGE_SIZE => return Err(Error::Invalid.into()),
+        Function::PageMap => with_vm(a1, |vm| vm.map_page(world, a2, a3))?,
+        Function::PageUnmap => {
+            with_vm(a1, |vm| vm.unmap_pages(world, a2, a3))?;
+            return Ok([a3, 0, 0, 0, 0]);
         }
-        Function::PageUnmap => with_vm(a1, |vm| {
-            vm.unmap_pages(world, a2, a3)?;
-            Ok([a3, 0, 0, 0, 0])
-        }),
         Function::MapDev => {
             if !platform::is_virtual_cpu_interface(a3, world.gic.version())
                 && !havmsi_core::left_out!(DeviceList)
             {
                 return Err(Error::Denied.into());
             }
-            let pa = havmsi_core::addr::Pa(a3);
-            with_vm(a1, |vm| vm.map_device(world, a2, pa).map(|()| done))
+            with_vm(a1, |vm| vm.map_device(world, a2, Pa(a3)))?;
         }
-        Function::PoolDonate => {
-            with_vm(a1, |vm| Ok(vm.donate_pool(world, a2, a3).map(|()| done)?))
-        }
-        Function::VmReset => with_vm(a1, |vm| Ok(vm.reset(world).map(|()| done)?)),
-        Function::VmDestroy => {
-            with_vm(a1, |vm| Ok(vm.destroy(world, vms::free_context).map(|()| done)?))
-        }
-        Function::Stats => Ok(stats(world)),
-        // Handled by the caller, as it has no results to give.
-        Function::VcpuRun => Err(Error::NotSupported.into()),
+        Function::PoolDonate => with_vm(a1, |vm| vm.donate_pool(world, a2, a3))?,
+        Function::VmReset => with_vm(a1, |vm| vm.reset(world))?,
+        Function::VmDestroy => with_vm(a1, |vm| vm.destroy(world, vms::free_context))?,
+        Function::Stats => return Ok(stats(world)),
+        // Handled by the caller: its results come later.
+        Function::VcpuRun => return Err(Error::NotSupported.into()),
     }
+    Ok([0; 5])
 }
 
-fn with_vm<T>(handle: u64, f: impl FnOnce(&mut Vm) -> Result<T, MapError>) -> Result<T, MapError> {
+fn with_vm<T, E: Into<MapError>>(
+    handle: u64,
+    f: impl FnOnce(&mut Vm) -> Result<T, E>,
+) -> Result<T, MapError> {
     let (_, vm) = vms::by_handle(handle)?;
     let mut vm = vm.lock();
     vm.check_handle(handle)?;
-    f(&mut vm)
+    f(&mut vm).map_err(Into::into)
 }
 
 fn create(config: Config) -> Result<[u64; 5], MapError> {

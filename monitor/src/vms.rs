@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All VMs and what they share.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use havmsi_abi::layout::carveout;
 use havmsi_abi::{Error, MAX_VCPUS, MAX_VMS, PAGE_SIZE};
@@ -15,13 +15,13 @@ use crate::host;
 
 static VMS: [SpinMutex<Vm>; MAX_VMS] = [const { SpinMutex::new(Vm::FREE) }; MAX_VMS];
 
-/// Which contexts are taken, a bit each.
-static CONTEXTS: [AtomicU64; MAX_VCPUS / 64] = [const { AtomicU64::new(0) }; MAX_VCPUS / 64];
+/// Which vCPU contexts are taken.
+static TAKEN: [AtomicBool; MAX_VCPUS] = [const { AtomicBool::new(false) }; MAX_VCPUS];
 
 static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::new());
 
 /// Feeds the generator with the platform's seed, once, at boot.
-pub fn seed(seed: &[u8]) {
+pub fn seed(seed: &[u8; 32]) {
     RANDOM.lock().seed(seed);
 }
 
@@ -50,26 +50,20 @@ pub fn root(slot: VmSlot) -> Pa {
 
 /// Takes a free vCPU context.
 pub fn take_context() -> Option<u16> {
-    for (word, bits) in (0u16..).zip(&CONTEXTS) {
-        // Sets the lowest bit that is 0.
-        let take = |old: u64| (old != u64::MAX).then(|| old | (old + 1));
-        if let Ok(old) = bits.fetch_update(Ordering::Acquire, Ordering::Relaxed, take) {
-            return Some(word * 64 + u16::try_from(old.trailing_ones()).ok()?);
-        }
-    }
-    havmsi_core::left_out!(Contexts => return Some(0));
-    None
+    let free = TAKEN.iter().position(|taken| !taken.swap(true, Ordering::Acquire));
+    #[cfg(feature = "leave-out")]
+    let free = free.or(havmsi_core::left_out!(Contexts).then_some(0));
+    u16::try_from(free?).ok()
 }
 
-/// Which contexts are taken.
+/// Which contexts are taken, a bit each.
 #[cfg(feature = "audit")]
 pub fn contexts() -> [u64; MAX_VCPUS / 64] {
-    CONTEXTS.each_ref().map(|bits| bits.load(Ordering::Acquire))
+    let bit = |context: usize| u64::from(TAKEN[context].load(Ordering::Acquire)) << (context % 64);
+    core::array::from_fn(|word| (word * 64..word * 64 + 64).map(bit).sum())
 }
 
 /// Gives a context back.
 pub fn free_context(context: u16) {
-    if let Some(bits) = CONTEXTS.get(usize::from(context / 64)) {
-        bits.fetch_and(!(1 << (context % 64)), Ordering::Release);
-    }
+    TAKEN[usize::from(context)].store(false, Ordering::Release);
 }

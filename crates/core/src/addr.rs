@@ -47,6 +47,12 @@ pub fn index(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
 
+/// A hash as registers hold it: in memory order, little endian.
+#[must_use]
+pub fn words(hash: &[u8; 32]) -> [u64; 4] {
+    core::array::from_fn(|i| u64::from_le_bytes(hash.as_chunks().0[i]))
+}
+
 /// The lower half.
 #[must_use]
 pub const fn low32(value: u64) -> u32 {

@@ -5,8 +5,7 @@
 
 use sha2::{Digest, Sha256};
 
-/// Bytes of a seed, at least.
-pub const MIN_SEED: usize = 32;
+use crate::addr::words;
 
 /// A generator; without a seed it gives nothing.
 #[derive(Debug, Default)]
@@ -29,11 +28,8 @@ impl Drbg {
         Self { key: None }
     }
 
-    /// Adds entropy. Less than [`MIN_SEED`] bytes do not make a seed.
-    pub fn seed(&mut self, seed: &[u8]) {
-        if seed.len() < MIN_SEED {
-            return;
-        }
+    /// Adds entropy.
+    pub fn seed(&mut self, seed: &[u8; 32]) {
         let mut hash = Sha256::new();
         hash.update(b"HA-VMSI seed");
         hash.update(self.key.unwrap_or_default());
@@ -45,12 +41,7 @@ impl Drbg {
     pub fn random(&mut self) -> Option<[u64; 4]> {
         let key = self.key?;
         self.key = Some(derive(&key, 0));
-        let output = derive(&key, 1);
-        let mut words = [0; 4];
-        for (word, bytes) in words.iter_mut().zip(output.as_chunks::<8>().0) {
-            *word = u64::from_le_bytes(*bytes);
-        }
-        Some(words)
+        Some(words(&derive(&key, 1)))
     }
 }
 
@@ -62,7 +53,6 @@ mod tests {
     fn no_seed_no_numbers() {
         let mut d = Drbg::new();
         assert!(d.random().is_none());
-        d.seed(&[1; 31]);
         assert!(d.random().is_none());
         d.seed(&[1; 32]);
         assert!(d.random().is_some());
@@ -91,7 +81,6 @@ mod tests {
         // What is too short changes nothing.
         let mut c = Drbg::new();
         c.seed(&[1; 32]);
-        c.seed(&[3; 31]);
         c.seed(&[3; 32]);
         a = Drbg::new();
         a.seed(&[1; 32]);

@@ -64,6 +64,7 @@ impl Owner {
         }
     }
 
+    #[cfg(any(test, feature = "audit"))]
     const fn decode(record: u16) -> Option<Self> {
         let [vm, kind] = record.to_le_bytes();
         match kind {
@@ -136,9 +137,8 @@ impl Page<Isolated> {
 pub struct Pages<'a> {
     ram: Ram,
     records: &'a [AtomicU16],
-    host: AtomicU64,
-    private: AtomicU64,
-    table: AtomicU64,
+    /// Pages of each kind, by its number in a record.
+    counters: [AtomicU64; 5],
 }
 
 impl<'a> Pages<'a> {
@@ -150,9 +150,7 @@ impl<'a> Pages<'a> {
         (records.len() as u64 >= ram.page_count()).then_some(Self {
             ram,
             records,
-            host: AtomicU64::new(0),
-            private: AtomicU64::new(0),
-            table: AtomicU64::new(0),
+            counters: [const { AtomicU64::new(0) }; 5],
         })
     }
 
@@ -166,7 +164,7 @@ impl<'a> Pages<'a> {
     pub fn give_to_host(&self, pa: Pa) {
         if let Some(record) = self.record(pa) {
             record.store(Owner::Host.encode(), Ordering::Relaxed);
-            self.host.fetch_add(1, Ordering::Relaxed);
+            self.counter(Owner::Host).fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -175,6 +173,7 @@ impl<'a> Pages<'a> {
     }
 
     /// The owner of a page; `None` if it is no RAM or in motion.
+    #[cfg(any(test, feature = "audit"))]
     #[must_use]
     pub fn owner(&self, pa: Pa) -> Option<Owner> {
         Owner::decode(self.record(pa)?.load(Ordering::Acquire))
@@ -241,12 +240,8 @@ impl<'a> Pages<'a> {
 
     /// Gives a clean page to its new owner.
     pub fn settle(&self, page: Page<Clean>, owner: Owner) {
-        if let Some(counter) = self.counter(page.was) {
-            counter.fetch_sub(1, Ordering::Relaxed);
-        }
-        if let Some(counter) = self.counter(owner) {
-            counter.fetch_add(1, Ordering::Relaxed);
-        }
+        self.counter(page.was).fetch_sub(1, Ordering::Relaxed);
+        self.counter(owner).fetch_add(1, Ordering::Relaxed);
         self.put(page.pa, owner);
     }
 
@@ -259,20 +254,16 @@ impl<'a> Pages<'a> {
     /// Pages of each kind, for statistics; other CPUs may be moving pages meanwhile.
     #[must_use]
     pub fn census(&self) -> Census {
+        let count = |owner| self.counter(owner).load(Ordering::Relaxed);
         Census {
-            host: self.host.load(Ordering::Relaxed),
-            private: self.private.load(Ordering::Relaxed),
-            table: self.table.load(Ordering::Relaxed),
+            host: count(Owner::Host),
+            table: count(Owner::Table(VmSlot(0))),
+            private: count(Owner::Private(VmSlot(0))),
         }
     }
 
-    fn counter(&self, owner: Owner) -> Option<&AtomicU64> {
-        match owner {
-            Owner::Host | Owner::RunPage(_) => Some(&self.host),
-            Owner::Private(_) => Some(&self.private),
-            Owner::Table(_) => Some(&self.table),
-            Owner::Monitor => None,
-        }
+    fn counter(&self, owner: Owner) -> &AtomicU64 {
+        &self.counters[usize::from(owner.encode() >> 8)]
     }
 }
 
