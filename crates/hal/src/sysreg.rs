@@ -89,7 +89,7 @@ macro_rules! el3 {
 
 read_only! {
     cntpct_el0, elr_el3, esr_el3, far_el3, id_aa64dfr0_el1, id_aa64mmfr0_el1, id_aa64pfr0_el1,
-    midr_el1, mpidr_el1,
+    midr_el1, mpidr_el1, oslsr_el1,
     ich_vtr_el2 = "s3_4_c12_c11_1",
 }
 
@@ -97,9 +97,9 @@ lower_level! {
     actlr_el1, afsr0_el1, afsr1_el1, amair_el1, cntfrq_el0, cnthctl_el2, cnthp_ctl_el2,
     cntkctl_el1, cntp_ctl_el0, cntv_ctl_el0, cntvoff_el2, contextidr_el1, cpacr_el1, cptr_el2,
     csselr_el1, elr_el1, elr_el2, esr_el1, esr_el2, far_el1, far_el2, hcr_el2, hpfar_el2,
-    hstr_el2, mair_el1, mdcr_el2, mdscr_el1, par_el1, sctlr_el1, sctlr_el2, sp_el0, sp_el1,
-    spsr_el1, spsr_el2, tcr_el1, tpidr_el0, tpidr_el1, tpidrro_el0, ttbr0_el1, ttbr1_el1,
-    vbar_el1, vbar_el2, vmpidr_el2, vpidr_el2, vtcr_el2, vttbr_el2, cptr_el3, mdcr_el3,
+    hstr_el2, mair_el1, mdcr_el2, mdscr_el1, osdlr_el1, oslar_el1, par_el1, sctlr_el1, sctlr_el2,
+    sp_el0, sp_el1, spsr_el1, spsr_el2, tcr_el1, tpidr_el0, tpidr_el1, tpidrro_el0, ttbr0_el1,
+    ttbr1_el1, vbar_el1, vbar_el2, vmpidr_el2, vpidr_el2, vtcr_el2, vttbr_el2, cptr_el3, mdcr_el3,
     vdisr_el2 = "s3_4_c12_c1_1",
     icc_eoir0_el1 = "s3_0_c12_c8_1",
     icc_igrpen0_el1 = "s3_0_c12_c12_6",

@@ -4,7 +4,7 @@
 
 use havmsi_abi::{ExitClass, Function};
 
-use crate::guest::{FREE, RAM, Vm};
+use crate::guest::{FREE, RAM, Vcpu, Vm};
 use crate::harness::Outcome;
 use crate::memory::{self, read, write};
 use crate::smc::{self, host};
@@ -517,8 +517,14 @@ guest_program!(
 );
 
 /// A guest debugs itself with its own registers; the host's don't act in it
-/// and are kept.
+/// and are kept. Nor do the host's OS lock and double lock, which turn
+/// breakpoints off.
 fn debug_registers() -> Outcome {
+    debug_itself(0)?;
+    debug_itself(1)
+}
+
+fn debug_itself(lock: u64) -> Outcome {
     let vm = Vm::new(2)?;
     vm.furnish(8)?;
     let mut vcpu = vm.vcpu(0)?;
@@ -534,6 +540,26 @@ fn debug_registers() -> Outcome {
     msr!("dbgwvr0_el1", RAM + 0x2000);
     msr!("dbgwcr0_el1", 0x1fff);
     let before = (mrs!("dbgbcr0_el1"), mrs!("dbgwcr0_el1"));
+    msr!("oslar_el1", lock);
+    msr!("osdlr_el1", lock);
+    let locks = (mrs!("oslsr_el1"), mrs!("osdlr_el1"));
+    let outcome = watch_itself(&mut vcpu);
+    let after = (mrs!("oslsr_el1"), mrs!("osdlr_el1"));
+    msr!("oslar_el1", 0);
+    msr!("osdlr_el1", 0);
+    outcome?;
+    expect!((after, after.0 >> 1 & 1), (locks, lock));
+    expect!((mrs!("dbgbcr0_el1"), mrs!("dbgwcr0_el1")), before);
+    expect!(mrs!("dbgbvr0_el1"), RAM);
+    expect!(mrs!("dbgwvr0_el1"), RAM + 0x2000);
+    msr!("dbgbcr0_el1", 0);
+    msr!("dbgwcr0_el1", 0);
+    vm.destroy()
+}
+test!(debug_registers, "T18");
+
+/// What [`debugger`] reports.
+fn watch_itself(vcpu: &mut Vcpu) -> Outcome {
     expect!(vcpu.report(0)?, 0x1230);
     expect!(vcpu.report(0)?, 0x1e4);
     expect!(vcpu.report(0)?, 0);
@@ -554,15 +580,8 @@ fn debug_registers() -> Outcome {
     // The store was skipped.
     expect!(vcpu.report(0)?, 0x1ffb);
     expect!(vcpu.report(0)?, 0x1230);
-    vcpu.end()?;
-    expect!((mrs!("dbgbcr0_el1"), mrs!("dbgwcr0_el1")), before);
-    expect!(mrs!("dbgbvr0_el1"), RAM);
-    expect!(mrs!("dbgwvr0_el1"), RAM + 0x2000);
-    msr!("dbgbcr0_el1", 0);
-    msr!("dbgwcr0_el1", 0);
-    vm.destroy()
+    vcpu.end()
 }
-test!(debug_registers, "T18");
 
 guest_program!(count, "1: isb", "mrs x1, cntvct_el0", "str x1, [x20]", "b 1b");
 
