@@ -14,6 +14,7 @@ use crate::memory::{self, take};
 use crate::smc::{self, Refusal};
 use crate::{cpu, exception, gic, guest_program, println};
 
+mod devices;
 mod guests;
 mod pages;
 mod races;
@@ -151,8 +152,9 @@ impl Victim {
         let vcpu = vm.vcpu(0)?;
         let secret = cpu::now().wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1 << 63;
         vm.boot(victim(), [secret, 0, 0, 0])?;
-        let before = take(3);
-        let pages = [before + 0x1000, before + 0x2000];
+        // At a multiple of 64 KiB, which some tables of the hardware must have.
+        let first = (take(33) + 0x1000).next_multiple_of(1 << 16);
+        let (before, pages) = (first - 0x1000, [first, first + 0x1000]);
         for (ipa, page) in [FREE, FREE + 0x1000].into_iter().zip(pages) {
             vm.call(Function::PageMap, &[ipa, page, 4096])?;
         }

@@ -419,18 +419,6 @@ fn device_in_ram(victim: &mut Victim) -> Outcome {
 }
 attack!(device_in_ram, "t10::device_in_ram");
 
-/// fw_cfg's DMA register (QEMU docs/specs/fw_cfg.rst): it writes its signature
-/// over the victim's page.
-fn fw_cfg(victim: &mut Victim) -> Outcome {
-    let order = take(1);
-    // Select item 0 and read 16 bytes, all big endian.
-    write(order, u64::from(0xa_u32.swap_bytes()) | u64::from(16_u32.swap_bytes()) << 32);
-    write(order + 8, victim.pages[0].swap_bytes());
-    let fault = poke(0x0902_0010, order.swap_bytes()).err();
-    victim.harmed(1, format_args!("fw_cfg's DMA register: {fault:x?}"))
-}
-attack!(fw_cfg, "t14::fw_cfg");
-
 extern "C" fn read_here(at: u64) -> u64 {
     peek(at).unwrap_or(0)
 }

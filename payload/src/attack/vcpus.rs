@@ -232,6 +232,29 @@ fn link(_: &mut Victim) -> Outcome {
 }
 attack!(link, "t19::link");
 
+/// The interrupt that a guest finds which can't expect it.
+fn unexpected(id: u64) -> Outcome {
+    let (_, mut vcpu) = Vm::launch(listener(), [0; 4])?;
+    vcpu.report(0x200)?;
+    vcpu.list(&[PENDING | GROUP1 | id]);
+    vcpu.complete(0);
+    let result = vcpu.run_once();
+    let taken = result.is_ok() && vcpu.exit.ipa == PORT + 0x140 && vcpu.exit.data == id;
+    verdict(taken, format_args!("VCPU_RUN: {:?}; taken: {taken}", result.map(|e| e.class)))
+}
+
+/// An SGI that no vCPU has sent.
+fn sgi(_: &mut Victim) -> Outcome {
+    unexpected(5)
+}
+attack!(sgi, "t27::sgi");
+
+/// An LPI, for a VM that has no ITS.
+fn lpi(_: &mut Victim) -> Outcome {
+    unexpected(8192 + 40)
+}
+attack!(lpi, "t27::lpi");
+
 /// More list registers than there are.
 fn used_lrs(_: &mut Victim) -> Outcome {
     let (_, mut vcpu) = Vm::launch(listener(), [0; 4])?;
