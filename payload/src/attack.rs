@@ -138,8 +138,8 @@ pub struct Victim {
     pub before: u64,
     /// Where its pages lie.
     pub pages: [u64; 2],
-    /// Where its level 3 table lies: the pool's last page but one.
-    pub level3: u64,
+    /// Where its tables of level 2 and level 3 lie, in whatever order.
+    pub tables: [u64; 2],
 }
 
 impl Victim {
@@ -147,8 +147,8 @@ impl Victim {
     pub fn new() -> Result<Self, Failure> {
         let vm = Vm::new(1)?;
         vm.call(Function::VmAddRam, &[RAM, RAM_SIZE])?;
-        let pool = take(8);
-        vm.call(Function::PoolDonate, &[pool, 8])?;
+        let pool = take(2);
+        vm.call(Function::PoolDonate, &[pool, 2])?;
         let vcpu = vm.vcpu(0)?;
         let secret = cpu::now().wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1 << 63;
         vm.boot(victim(), [secret, 0, 0, 0])?;
@@ -158,7 +158,7 @@ impl Victim {
         for (ipa, page) in [FREE, FREE + 0x1000].into_iter().zip(pages) {
             vm.call(Function::PageMap, &[ipa, page, 4096])?;
         }
-        Ok(Self { vm, vcpu, secret, before, pages, level3: pool + 6 * 4096 })
+        Ok(Self { vm, vcpu, secret, before, pages, tables: [pool, pool + 4096] })
     }
 
     /// Words that are wrong in the first `pages` pages.

@@ -51,7 +51,7 @@ fn monitor_page(victim: &mut Victim) -> Outcome {
         Ok((_, mut vcpu)) => {
             let entry = vcpu.report(0x200)?;
             verdict(
-                entry == (victim.level3 + 0x1000) | 3,
+                victim.tables.iter().any(|table| entry == table | 3),
                 format_args!("a VM reads the victim's root table: {entry:#x}"),
             )
         }
@@ -100,13 +100,14 @@ guest_program!(
 
 /// The victim's level 3 table in an attacker's VM, which swaps two pages.
 fn table_page(victim: &mut Victim) -> Outcome {
-    match launch_with_page(swapper(), [0; 4], victim.level3)? {
-        Ok((_, mut vcpu)) => {
-            let entry = vcpu.report(0x200)?;
-            victim.harmed(1, format_args!("a VM has the victim's table, swaps {entry:#x}"))
-        }
-        Err(refusal) => verdict(false, format_args!("VM_POPULATE: {refusal:?}")),
+    let mut got = [Ok(0); 2];
+    for (got, table) in got.iter_mut().zip(victim.tables) {
+        *got = match launch_with_page(swapper(), [0; 4], table)? {
+            Ok((_, mut vcpu)) => Ok(vcpu.report(0x200)?),
+            Err(refusal) => Err(refusal),
+        };
     }
+    victim.harmed(1, format_args!("the victim's tables in a VM, which swaps entries: {got:x?}"))
 }
 attack!(table_page, "t05::table_page");
 
@@ -178,10 +179,12 @@ attack!(vectors_written, "t06::vectors");
 
 /// Table memory that the host gave, written by the host: two pages swapped.
 fn table_written(victim: &mut Victim) -> Outcome {
-    let (first, second) = (victim.level3 + ENTRY, victim.level3 + ENTRY + 8);
     let leaves = victim.pages.map(|page| page | LEAF);
-    let fault = poke(first, leaves[1]).and_then(|()| poke(second, leaves[0])).err();
-    victim.harmed(1, format_args!("the VM's table: {fault:x?}"))
+    let faults = victim.tables.map(|table| {
+        let at = table + ENTRY;
+        poke(at, leaves[1]).and_then(|()| poke(at + 8, leaves[0])).err().map(|fault| fault.esr)
+    });
+    victim.harmed(1, format_args!("faults at the VM's tables: {faults:x?}"))
 }
 attack!(table_written, "t06::table_written");
 
