@@ -10,6 +10,7 @@ use havmsi_core::launch::Boot;
 use havmsi_hal::sysreg::tpidr_el3;
 
 use crate::platform::MAX_CPUS;
+use crate::run::Local;
 
 /// General registers, PC and PSTATE of a world that is not running. The
 /// vectors (vectors.S) know this layout.
@@ -58,6 +59,7 @@ pub struct PerCpu {
     stack: Cell<usize>,
     number: Cell<usize>,
     host: UnsafeCell<Frame>,
+    local: UnsafeCell<Local>,
 }
 
 // SAFETY: each CPU reaches its own element only (`this_cpu`, TPIDR_EL3); the
@@ -75,6 +77,7 @@ pub static PER_CPU: [PerCpu; MAX_CPUS] = [const {
         stack: Cell::new(0),
         number: Cell::new(0),
         host: UnsafeCell::new(Frame::new()),
+        local: UnsafeCell::new(Local::NEW),
     }
 }; MAX_CPUS];
 
@@ -122,5 +125,13 @@ impl PerCpu {
         // SAFETY: of this CPU, whose exceptions don't nest; only the two
         // `with_` functions make references to it, one at a time.
         f(unsafe { &mut *self.host.get() })
+    }
+
+    /// Runs `f` on what is kept while a guest runs. Calls must not be nested:
+    /// a run and an exit are not.
+    pub fn with_local<R>(&self, f: impl FnOnce(&mut Local) -> R) -> R {
+        // SAFETY: of this CPU, whose exceptions don't nest; nothing else makes a
+        // reference to it.
+        f(unsafe { &mut *self.local.get() })
     }
 }

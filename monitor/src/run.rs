@@ -29,7 +29,6 @@ use havmsi_hal::{barrier, phys, tlb, vgic};
 use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
-use crate::platform::MAX_CPUS;
 use crate::{exception, host, vms};
 
 /// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): as the host's, and virtual
@@ -118,28 +117,16 @@ struct Current {
 }
 
 /// What each CPU keeps of the host while a guest runs.
-struct Local {
+pub struct Local {
     host: El1State,
     current: Option<Current>,
     /// The vCPU of each VM that ran here last: its index plus 1, 0 for none.
     last: [u8; MAX_VMS],
 }
 
-struct Locals([UnsafeCell<Local>; MAX_CPUS]);
-
-// SAFETY: each CPU reaches its own element only (`with_local`).
-unsafe impl Sync for Locals {}
-
-static LOCALS: Locals = Locals(
-    [const { UnsafeCell::new(Local { host: El1State::ZERO, current: None, last: [0; MAX_VMS] }) };
-        MAX_CPUS],
-);
-
-fn with_local<R>(f: impl FnOnce(&mut Local) -> R) -> R {
-    let cell = &LOCALS.0[this_cpu().number()];
-    // SAFETY: of this CPU, whose exceptions don't nest; `run` and `guest_exit`
-    // are the only callers and don't call each other.
-    f(unsafe { &mut *cell.get() })
+impl Local {
+    /// Nothing yet.
+    pub const NEW: Self = Self { host: El1State::ZERO, current: None, last: [0; MAX_VMS] };
 }
 
 impl Current {
@@ -164,7 +151,7 @@ impl Current {
 /// registers; then nothing has changed.
 pub fn run(handle: u64, idx: u64) -> Result<(), Error> {
     let (slot, vm) = vms::by_handle(handle)?;
-    with_local(|local| enter(local, slot, vm, handle, idx))
+    this_cpu().with_local(|local| enter(local, slot, vm, handle, idx))
 }
 
 fn enter(
@@ -302,7 +289,7 @@ pub enum Cause {
 /// The current guest came to EL3: handles it, and either leaves the guest the
 /// current world or makes the host that.
 pub fn guest_exit(cause: Cause) {
-    with_local(|local| {
+    this_cpu().with_local(|local| {
         let Some(mut current) = local.current else {
             panic!("a guest without a vCPU");
         };

@@ -6,11 +6,12 @@ use havmsi_abi::{Error, PAGE_SIZE};
 
 use crate::addr::{Ipa, Pa};
 use crate::hw::Hardware;
-use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
+use crate::page::{Clean, Isolated, Owner, Page, VmSlot};
 use crate::stage2::{
     self, Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, ROOT_ENTRIES, level1_index,
     level2_index, level3_index,
 };
+use crate::vm::{Machine, give_to_host};
 
 /// Spare table pages, zeroed and owned as [`Owner::Table`], as a list that runs
 /// through their first words.
@@ -77,10 +78,10 @@ impl GuestMap {
     }
 
     /// Takes a clean page as table memory.
-    pub fn add_to_pool(&mut self, hw: &impl Hardware, pages: &Pages<'_>, page: Page<Clean>) {
+    pub fn add_to_pool(&mut self, m: &impl Machine, page: Page<Clean>) {
         let pa = page.pa();
-        pages.settle(page, Owner::Table(self.slot));
-        self.pool.push(hw, pa);
+        m.pages().settle(page, Owner::Table(self.slot));
+        self.pool.push(m.hw(), pa);
     }
 
     /// Looks for the level 3 entry of `ipa`: its table, or how many tables miss.
@@ -138,21 +139,15 @@ impl GuestMap {
     /// page can't be mapped a second time).
     ///
     /// # Errors
-    /// As [`Self::check`], with the page handed back.
-    pub fn map(
-        &mut self,
-        hw: &impl Hardware,
-        pages: &Pages<'_>,
-        ipa: Ipa,
-        page: Page<Clean>,
-    ) -> Result<(), (Page<Clean>, MapError)> {
-        match self.insert(hw, ipa, Entry::page(page.pa(), Attributes::Memory)) {
-            Ok(()) => {
-                pages.settle(page, Owner::Private(self.slot));
-                Ok(())
-            }
-            Err(error) => Err((page, error)),
+    /// As [`Self::check`]; the page is the host's again then.
+    pub fn map(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapError> {
+        let result = self.insert(m.hw(), ipa, Entry::page(page.pa(), Attributes::Memory));
+        match result {
+            Ok(()) => m.pages().settle(page, Owner::Private(self.slot)),
+            // Not after a `check` under the same lock; still it must not be lost.
+            Err(_) => give_to_host(m, page),
         }
+        result
     }
 
     /// Maps a device page; the caller has checked that the VM may have it.
@@ -166,12 +161,8 @@ impl GuestMap {
     /// Takes the page at `ipa` out of the map and of all TLBs; `None` if there
     /// is none. Its place stays empty until a teardown ([`Entry::LOST`]). A
     /// device page is only unmapped.
-    pub fn unmap(
-        &mut self,
-        hw: &impl Hardware,
-        pages: &Pages<'_>,
-        ipa: Ipa,
-    ) -> Option<Page<Isolated>> {
+    pub fn unmap(&mut self, m: &impl Machine, ipa: Ipa) -> Option<Page<Isolated>> {
+        let (hw, pages) = (m.hw(), m.pages());
         let table = self.find(hw, ipa).ok()?;
         let slot = level3_index(ipa);
         let entry = Entry(hw.read_entry(table, slot));
@@ -199,14 +190,12 @@ impl GuestMap {
     /// wiped there; looks at no more than one table of each level.
     pub fn teardown(
         &mut self,
-        hw: &impl Hardware,
-        pages: &Pages<'_>,
+        m: &impl Machine,
         budget: u64,
         mut give_back: impl FnMut(Page<Isolated>),
     ) -> Step {
-        let Some((level1, level2)) = self.next_table(hw) else {
-            return Step::Done;
-        };
+        let (hw, pages) = (m.hw(), m.pages());
+        let Some((level1, level2)) = self.next_table(hw) else { return Step::Done };
         let ipa = Ipa(self.cursor);
         let parent = Entry(hw.read_entry(level2, level2_index(ipa))).address();
         let mut left = budget;
@@ -271,14 +260,10 @@ impl GuestMap {
     }
 
     /// After a teardown: takes one page out of the pool, to go back to the host.
-    pub fn take_from_pool(
-        &mut self,
-        hw: &impl Hardware,
-        pages: &Pages<'_>,
-    ) -> Option<Page<Isolated>> {
-        let pa = self.pool.pop(hw)?;
+    pub fn take_from_pool(&mut self, m: &impl Machine) -> Option<Page<Isolated>> {
+        let pa = self.pool.pop(m.hw())?;
         // No stage-2 ever shows a table.
-        let page = pages.claim(pa, Owner::Table(self.slot)).ok()?;
+        let page = m.pages().claim(pa, Owner::Table(self.slot)).ok()?;
         Some(page.isolated())
     }
 }

@@ -39,7 +39,7 @@ fn wipe_to_host(m: &impl Machine, page: Page<Isolated>) {
     give_to_host(m, page.scrub(m.hw()));
 }
 
-fn give_to_host(m: &impl Machine, page: Page<Clean>) {
+pub(crate) fn give_to_host(m: &impl Machine, page: Page<Clean>) {
     m.with_host_map(|map| map.show(m.hw(), m.pages(), page));
 }
 
@@ -314,15 +314,6 @@ impl Vm {
         Ok(m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?)
     }
 
-    fn donate(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapError> {
-        self.map.map(m.hw(), m.pages(), ipa, page).map_err(|(page, error)| {
-            // Unreachable after `take_for` under one lock; still the
-            // page must not be lost.
-            give_to_host(m, page);
-            error
-        })
-    }
-
     /// Donates a page of the launch image and measures it. `buffer` is scratch.
     ///
     /// # Errors
@@ -340,7 +331,7 @@ impl Vm {
         self.launch.check(ipa)?;
         let page = self.take_for(m, ipa, pa)?.measure(m.hw(), buffer);
         self.launch.add_page(ipa, buffer);
-        self.donate(m, ipa, page)
+        self.map.map(m, ipa, page)
     }
 
     /// Closes the launch; the VM can run.
@@ -377,7 +368,7 @@ impl Vm {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         let page = self.take_for(m, ipa, pa)?.scrub(m.hw());
-        self.donate(m, ipa, page)
+        self.map.map(m, ipa, page)
     }
 
     /// Maps a page of the GICv2 virtual CPU interface; `pa` is checked by the caller.
@@ -418,7 +409,7 @@ impl Vm {
             if !self.is_ram(ipa) {
                 continue;
             }
-            if let Some(page) = self.map.unmap(m.hw(), m.pages(), ipa) {
+            if let Some(page) = self.map.unmap(m, ipa) {
                 wipe_to_host(m, page);
             }
         }
@@ -428,7 +419,7 @@ impl Vm {
     #[cfg(feature = "leave-out")]
     fn unmap_any_number(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(), Error> {
         for ipa in (ipa..ipa + n * PAGE_SIZE).step_by(4096) {
-            if let Some(page) = self.map.unmap(m.hw(), m.pages(), Ipa(ipa)) {
+            if let Some(page) = self.map.unmap(m, Ipa(ipa)) {
                 wipe_to_host(m, page);
             }
         }
@@ -468,7 +459,7 @@ impl Vm {
             return Err(error);
         }
         let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
-        self.map.add_to_pool(m.hw(), m.pages(), page.scrub(m.hw()));
+        self.map.add_to_pool(m, page.scrub(m.hw()));
         Ok(())
     }
 
@@ -600,10 +591,8 @@ impl Vm {
         }
         self.scrub(m, Phase::Resetting)?;
         for vcpu in self.existing() {
-            vcpu.power = Power::Off;
-            vcpu.boot = None;
-            vcpu.starting = None;
-            vcpu.sgis = SentSgis::NONE;
+            let Vcpu { context, run_page, .. } = *vcpu;
+            *vcpu = Vcpu { exists: true, context, run_page, ..Vcpu::NONE };
         }
         self.devices = Range::default();
         self.launch = Launch::NEW;
@@ -620,7 +609,7 @@ impl Vm {
             self.map.begin_teardown(m.hw());
         }
         let give_back = |page| wipe_to_host(m, page);
-        match self.map.teardown(m.hw(), m.pages(), MAX_PAGES_PER_CALL, give_back) {
+        match self.map.teardown(m, MAX_PAGES_PER_CALL, give_back) {
             Step::More => Err(Error::Again),
             Step::Done => Ok(()),
         }
@@ -641,7 +630,7 @@ impl Vm {
         }
         self.scrub(m, Phase::Destroying)?;
         for _ in 0..MAX_PAGES_PER_CALL {
-            let Some(page) = self.map.take_from_pool(m.hw(), m.pages()) else { break };
+            let Some(page) = self.map.take_from_pool(m) else { break };
             wipe_to_host(m, page);
         }
         if self.map.pool_len() != 0 {

@@ -18,82 +18,74 @@ macro_rules! encoding {
     };
 }
 
-macro_rules! read {
+/// No write.
+macro_rules! read_only {
+    ($($register:tt)*) => {};
+}
+
+macro_rules! lower_level {
     ($($register:tt)*) => {
-        /// Its value.
+        /// Changes it; a context synchronisation event makes it effective.
         #[inline(always)]
-        #[must_use]
-        pub fn read() -> u64 {
-            let value: u64;
-            // SAFETY: reading this register has no side effect on memory.
+        pub fn write(value: u64) {
+            // SAFETY: the register governs lower exception levels only.
             unsafe {
-                asm!(concat!("mrs {}, ", encoding!($($register)*)), out(reg) value,
+                asm!(concat!("msr ", encoding!($($register)*), ", {}"), in(reg) value,
                      options(nostack, preserves_flags));
             }
-            value
         }
     };
 }
 
-macro_rules! read_only {
-    ($($name:ident $(= $asm:literal)?),* $(,)?) => { $(
-        #[doc = concat!("The register `", stringify!($name), "`.")]
-        pub mod $name {
-            use super::asm;
-            read!($name $($asm)?);
-        }
-    )* };
-}
-
-macro_rules! lower_level {
-    ($($name:ident $(= $asm:literal)?),* $(,)?) => { $(
-        #[doc = concat!("The register `", stringify!($name), "`.")]
-        pub mod $name {
-            use super::asm;
-            read!($name $($asm)?);
-            /// Changes it; a context synchronisation event makes it effective.
-            #[inline(always)]
-            pub fn write(value: u64) {
-                // SAFETY: the register governs lower exception levels only.
-                unsafe {
-                    asm!(concat!("msr ", encoding!($name $($asm)?), ", {}"), in(reg) value,
-                         options(nostack, preserves_flags));
-                }
-            }
-        }
-    )* };
-}
-
 macro_rules! el3 {
-    ($($name:ident $(= $asm:literal)?),* $(,)?) => { $(
-        #[doc = concat!("The register `", stringify!($name), "`, which governs EL3.")]
+    ($($register:tt)*) => {
+        /// Changes it.
+        ///
+        /// # Safety
+        /// The value must keep EL3's own code, stack and data accessible, and the
+        /// normal world out of them.
+        #[inline(always)]
+        pub unsafe fn write(value: u64) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                asm!(concat!("msr ", encoding!($($register)*), ", {}"), in(reg) value,
+                     options(nostack, preserves_flags));
+            }
+        }
+    };
+}
+
+macro_rules! registers {
+    ($write:ident: $($name:ident $(= $asm:literal)?),* $(,)?) => { $(
+        #[doc = concat!("The register `", stringify!($name), "`.")]
         pub mod $name {
             use super::asm;
-            read!($name $($asm)?);
-            /// Changes it.
-            ///
-            /// # Safety
-            /// The value must keep EL3's own code, stack and data accessible,
-            /// and the normal world out of them.
+
+            /// Its value.
             #[inline(always)]
-            pub unsafe fn write(value: u64) {
-                // SAFETY: passed on to the caller.
+            #[must_use]
+            pub fn read() -> u64 {
+                let value: u64;
+                // SAFETY: reading this register has no side effect on memory.
                 unsafe {
-                    asm!(concat!("msr ", encoding!($name $($asm)?), ", {}"), in(reg) value,
+                    asm!(concat!("mrs {}, ", encoding!($name $($asm)?)), out(reg) value,
                          options(nostack, preserves_flags));
                 }
+                value
             }
+
+            $write!($name $($asm)?);
         }
     )* };
 }
 
-read_only! {
+registers! { read_only:
     cntpct_el0, elr_el3, esr_el3, far_el3, id_aa64dfr0_el1, id_aa64mmfr0_el1, id_aa64pfr0_el1,
-    midr_el1, mpidr_el1, oslsr_el1,
+    midr_el1, mpidr_el1, oslsr_el1, tpidr_el3,
     ich_vtr_el2 = "s3_4_c12_c11_1",
 }
 
-lower_level! {
+registers! { lower_level:
     actlr_el1, afsr0_el1, afsr1_el1, amair_el1, cntfrq_el0, cnthctl_el2, cnthp_ctl_el2,
     cntkctl_el1, cntp_ctl_el0, cntv_ctl_el0, cntvoff_el2, contextidr_el1, cpacr_el1, cptr_el2,
     csselr_el1, elr_el1, elr_el2, esr_el1, esr_el2, far_el1, far_el2, hcr_el2, hpfar_el2,
@@ -113,8 +105,8 @@ lower_level! {
     ich_vmcr_el2 = "s3_4_c12_c11_7",
 }
 
-el3! {
-    scr_el3, tpidr_el3,
+registers! { el3:
+    scr_el3,
     l2ctlr_el1 = "s3_1_c11_c0_2",
 }
 

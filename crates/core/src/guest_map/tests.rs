@@ -3,7 +3,6 @@ use std::vec;
 
 use super::*;
 use crate::fake::{Event, FakeMachine, host_page, records, root};
-use crate::vm::Machine as _;
 
 const SLOT: VmSlot = VmSlot(2);
 const AT: Ipa = Ipa(0x1_4060_3000);
@@ -23,7 +22,7 @@ fn give_back(m: &FakeMachine<'_>, page: Page<Isolated>) {
 fn map(m: &FakeMachine<'_>, tables: u64) -> GuestMap {
     let mut map = GuestMap::new(SLOT, root(SLOT));
     for n in 0..tables {
-        map.add_to_pool(&m.hw, &m.pages, clean(m, n));
+        map.add_to_pool(m, clean(m, n));
     }
     map
 }
@@ -38,14 +37,14 @@ fn the_pool_is_a_list_through_zero_pages() {
         assert_eq!(m.pages.owner(host_page(n)), Some(Owner::Table(SLOT)));
     }
     for n in [2, 1, 0] {
-        let page = map.take_from_pool(&m.hw, &m.pages).unwrap();
+        let page = map.take_from_pool(&m).unwrap();
         assert_eq!((page.pa(), map.pool_len()), (host_page(n), n));
         assert!(m.hw.is_zero(page.pa()));
         give_back(&m, page);
     }
-    assert!(map.take_from_pool(&m.hw, &m.pages).is_none());
+    assert!(map.take_from_pool(&m).is_none());
     assert_eq!(map.pool_len(), 0);
-    map.add_to_pool(&m.hw, &m.pages, clean(&m, 9));
+    map.add_to_pool(&m, clean(&m, 9));
     assert_eq!((map.pool.head, map.pool_len()), (Some(host_page(9)), 1));
 }
 
@@ -56,16 +55,17 @@ fn a_page_is_mapped_where_nothing_was() {
     let mut map = map(&m, 0);
     assert_eq!(map.vttbr(), 3 << 48 | root(SLOT).0);
     assert_eq!(map.check(&m.hw, AT), Err(MapError::Tables(2)));
-    map.add_to_pool(&m.hw, &m.pages, clean(&m, 0));
+    map.add_to_pool(&m, clean(&m, 0));
     assert_eq!(map.check(&m.hw, AT), Err(MapError::Tables(1)));
-    // Refused, the page comes back to the caller.
-    let (page, error) = map.map(&m.hw, &m.pages, AT, clean(&m, 10)).unwrap_err();
-    assert_eq!((page.pa(), error), (host_page(10), MapError::Tables(1)));
+    // Refused, the page is the host's again.
+    assert_eq!(map.map(&m, AT, clean(&m, 10)), Err(MapError::Tables(1)));
+    assert_eq!(m.pages.owner(host_page(10)), Some(Owner::Host));
     assert_eq!(map.pool_len(), 1);
-    map.add_to_pool(&m.hw, &m.pages, clean(&m, 1));
+    map.add_to_pool(&m, clean(&m, 1));
     assert_eq!(map.check(&m.hw, AT), Ok(()));
+    let page = clean(&m, 10);
     m.hw.take_events();
-    map.map(&m.hw, &m.pages, AT, page).unwrap();
+    map.map(&m, AT, page).unwrap();
     // The last table first is linked, then the leaf is written.
     let (level2, level3) = (host_page(1), host_page(0));
     let leaf = Entry::page(host_page(10), Attributes::Memory).0;
@@ -75,14 +75,14 @@ fn a_page_is_mapped_where_nothing_was() {
     assert_eq!(m.hw.take_events().last(), Some(&Event::Write(level3, 3, leaf)));
     assert_eq!(m.pages.owner(host_page(10)), Some(Owner::Private(SLOT)));
     assert_eq!(map.check(&m.hw, AT), Err(MapError::Other(Error::Denied)));
-    let (page, error) = map.map(&m.hw, &m.pages, AT, clean(&m, 11)).unwrap_err();
-    assert_eq!(error, MapError::Other(Error::Denied));
+    assert_eq!(map.map(&m, AT, clean(&m, 11)), Err(MapError::Other(Error::Denied)));
+    assert_eq!(m.pages.owner(host_page(11)), Some(Owner::Host));
     assert_eq!(m.hw.peek(level3, 3), leaf);
     // Its tables serve its neighbours, but no others.
     assert_eq!(map.check(&m.hw, Ipa(AT.0 + 0x1000)), Ok(()));
     assert_eq!(map.check(&m.hw, Ipa(AT.0 + 0x20_0000)), Err(MapError::Tables(1)));
     assert_eq!(map.check(&m.hw, Ipa(AT.0 + 0x4000_0000)), Err(MapError::Tables(2)));
-    map.map(&m.hw, &m.pages, Ipa(AT.0 + 0x1000), page).unwrap();
+    map.map(&m, Ipa(AT.0 + 0x1000), clean(&m, 11)).unwrap();
     assert_eq!(m.pages.census().private, 2);
 }
 
@@ -91,25 +91,25 @@ fn a_page_is_isolated_once_no_tlb_knows_it() {
     let records = records();
     let m = FakeMachine::new(&records);
     let mut map = map(&m, 2);
-    map.map(&m.hw, &m.pages, AT, clean(&m, 10)).unwrap();
+    map.map(&m, AT, clean(&m, 10)).unwrap();
     m.hw.load(map.vttbr());
-    assert!(map.unmap(&m.hw, &m.pages, Ipa(AT.0 + 0x1000)).is_none());
-    assert!(map.unmap(&m.hw, &m.pages, Ipa(AT.0 + 0x20_0000)).is_none());
-    assert!(map.unmap(&m.hw, &m.pages, Ipa(AT.0 + 0x4000_0000)).is_none());
+    assert!(map.unmap(&m, Ipa(AT.0 + 0x1000)).is_none());
+    assert!(map.unmap(&m, Ipa(AT.0 + 0x20_0000)).is_none());
+    assert!(map.unmap(&m, Ipa(AT.0 + 0x4000_0000)).is_none());
     m.hw.take_events();
-    let page = map.unmap(&m.hw, &m.pages, AT).unwrap();
+    let page = map.unmap(&m, AT).unwrap();
     let events =
         vec![Event::Write(host_page(0), 3, Entry::LOST.0), Event::InvalidateGuest(map.vttbr(), AT)];
     assert_eq!(m.hw.take_events(), events);
     assert_eq!(page.pa(), host_page(10));
     assert_eq!(m.pages.owner(page.pa()), None);
-    assert!(map.unmap(&m.hw, &m.pages, AT).is_none());
+    assert!(map.unmap(&m, AT).is_none());
     give_back(&m, page);
     // No other page comes in its place until the map was torn down.
     assert_eq!(map.check(&m.hw, AT), Err(MapError::Other(Error::Denied)));
     m.hw.unload(map.vttbr());
     map.begin_teardown(&m.hw);
-    while map.teardown(&m.hw, &m.pages, 1, |_| panic!("nothing is left")) == Step::More {}
+    while map.teardown(&m, 1, |_| panic!("nothing is left")) == Step::More {}
     assert_eq!(map.check(&m.hw, AT), Ok(()));
 }
 
@@ -123,7 +123,7 @@ fn a_device_page_is_unmapped_and_belongs_to_nobody() {
     let leaf = Entry::page(Pa(0x804_0000), Attributes::Device).0;
     assert_eq!(m.hw.peek(host_page(0), 3), leaf);
     assert_eq!(map.map_device(&m.hw, AT, Pa(0x804_0000)), Err(MapError::Other(Error::Denied)));
-    assert!(map.unmap(&m.hw, &m.pages, AT).is_none());
+    assert!(map.unmap(&m, AT).is_none());
     assert!(!Entry(m.hw.peek(host_page(0), 3)).is_valid());
     assert_eq!(m.hw.stale(), vec![]);
 }
@@ -136,7 +136,7 @@ fn a_teardown_takes_no_more_than_its_budget_a_step() {
     // Two tables of one GiB, the last of that GiB among them, and another GiB.
     let places = [0, 0x1000, 0x1f_f000, 0x3fe0_0000, 0x3fff_f000, 0x4000_0000, 0x40_0000_0000];
     for (n, ipa) in (10..).zip(places) {
-        map.map(&m.hw, &m.pages, Ipa(ipa), clean(&m, n)).unwrap();
+        map.map(&m, Ipa(ipa), clean(&m, n)).unwrap();
     }
     assert_eq!(map.pool_len(), 0);
     m.hw.load(map.vttbr());
@@ -147,7 +147,7 @@ fn a_teardown_takes_no_more_than_its_budget_a_step() {
     let mut steps = vec![];
     loop {
         let mut taken = 0;
-        let step = map.teardown(&m.hw, &m.pages, 2, |page| {
+        let step = map.teardown(&m, 2, |page| {
             taken += 1;
             give_back(&m, page);
         });
@@ -165,7 +165,7 @@ fn a_teardown_takes_no_more_than_its_budget_a_step() {
         assert!(m.hw.is_zero(page));
     }
     for n in 0..7 {
-        let page = map.take_from_pool(&m.hw, &m.pages).unwrap();
+        let page = map.take_from_pool(&m).unwrap();
         assert!(m.hw.is_zero(page.pa()), "table {n}");
         give_back(&m, page);
     }

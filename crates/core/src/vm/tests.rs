@@ -459,7 +459,7 @@ fn whose_page_it_is_comes_before_a_lack_of_tables() {
     let page = host_page(MEM);
     vm.map_page(&m, RAM, page.0).unwrap();
     // No table is there for the last page of RAM, and none in the pool.
-    while vm.map.take_from_pool(&m.hw, &m.pages).is_some() {}
+    while vm.map.take_from_pool(&m).is_some() {}
     let far = vm.ram[0].base + vm.ram[0].size - 0x1000;
     let mut map = |pa: Pa| vm.map_page(&m, far, pa.0);
     assert_eq!(map(page), Err(other(Error::Denied)));
