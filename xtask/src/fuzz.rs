@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Args as ClapArgs;
 
 use crate::run::Cpu;
-use crate::{Ctx, fuzz_target};
+use crate::{Ctx, fuzz_host, fuzz_target};
 
 /// Options of `fuzz`.
 #[derive(Debug, Clone, ClapArgs)]
@@ -16,6 +16,8 @@ pub struct Args {
     /// On the emulated machine: a payload calls the real monitor from several CPUs
     #[arg(long, group = "where")]
     pub target: bool,
+    #[command(flatten)]
+    pub on_host: fuzz_host::Args,
     /// Calls of the host's to make (--target)
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
     pub calls: u64,
@@ -47,6 +49,7 @@ impl Default for Args {
     fn default() -> Self {
         Self {
             target: true,
+            on_host: fuzz_host::Args::default(),
             calls: 1_000_000,
             cpus: 4,
             gic: 3,
@@ -69,6 +72,9 @@ fn number(text: &str) -> Result<u64, std::num::ParseIntError> {
 
 /// The `fuzz` verb.
 pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
+    if args.on_host.host {
+        return fuzz_host::main(ctx, &args.on_host, args.json.as_deref());
+    }
     fuzz_target::main(ctx, args)
 }
 

@@ -11,11 +11,13 @@ mod debs;
 mod digest;
 mod dtb;
 mod fuzz;
+mod fuzz_host;
 mod fuzz_target;
 mod image;
 mod job;
 mod kernel;
 mod machine;
+mod mutants;
 mod report;
 mod rows;
 mod run;
@@ -74,8 +76,11 @@ enum Verb {
     Attack(attack::Args),
     /// Run all tests; the last line is `N passed, N failed`
     Test(test::Args),
-    /// Look for calls that break the monitor: random ones, with an audit after each batch
+    /// Look for what breaks, with random operations: calls of the real monitor, with an audit
+    /// after each batch, or the pure crate beside its model
     Fuzz(fuzz::Args),
+    /// Break the pure crate in a thousand ways, one at a time: some test must notice
+    Mutants(mutants::Args),
     /// Compute the launch digest of a guest from its files and configuration
     Digest(digest::Args),
     /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
@@ -107,6 +112,7 @@ impl Verb {
             Self::Attack(_) => "attack",
             Self::Test(_) => "test",
             Self::Fuzz(_) => "fuzz",
+            Self::Mutants(_) => "mutants",
             Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
             Self::Clean { .. } => "clean",
@@ -225,6 +231,7 @@ fn real_main() -> Result<()> {
         Verb::Attack(args) => attack::main(&ctx, &args),
         Verb::Test(args) => test::main(&ctx, &args),
         Verb::Fuzz(args) => fuzz::main(&ctx, &args),
+        Verb::Mutants(args) => mutants::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json, files } => tcb::main(&ctx, json, files),
         Verb::Clean { cache } => clean(&ctx, cache),

@@ -14,7 +14,7 @@ use crate::machine::{Config, EDU, Event, Kind, Machine};
 use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
-use crate::{Ctx, attack, build, digest, fuzz, fuzz_target, image, kernel, sh, tcb};
+use crate::{Ctx, attack, build, digest, fuzz, fuzz_host, fuzz_target, image, kernel, sh, tcb};
 
 /// One row.
 pub struct Row {
@@ -52,6 +52,8 @@ pub enum Work {
     Attack(&'static str),
     /// docs/threats.md is what the rows of the attacks make of it.
     ThreatsDoc,
+    /// The pure crate against its model, for so many seconds.
+    FuzzHost(u64),
     /// Size of the TCB.
     Tcb,
     /// Size of the kernel series.
@@ -88,6 +90,7 @@ pub fn table() -> Vec<Row> {
                     cpu.name()
                 )
             }
+            Work::FuzzHost(_) => "cargo xtask fuzz --host".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -129,6 +132,7 @@ pub fn table() -> Vec<Row> {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }
+    add("fuzz/host".into(), 300, Work::FuzzHost(40));
     add("size/tcb".into(), 120, Work::Tcb);
     add("size/series".into(), 30, Work::Series);
     add("docs/threats".into(), 30, Work::ThreatsDoc);
@@ -250,6 +254,10 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
         Work::Fuzz(gic, cpu, calls) => {
             let args = fuzz::Args { calls: *calls, gic: *gic, cpu: *cpu, ..fuzz::Args::default() };
             Ok(Ended::ok(fuzz_target::row(ctx, &args, row.limit)?))
+        }
+        Work::FuzzHost(seconds) => {
+            let report = fuzz_host::fuzz(ctx, secs(*seconds))?;
+            Ok(Ended::ok(fuzz_host::verdict(&report)?))
         }
         Work::Payload(gic, cpu) => payload(ctx, *gic, *cpu, row.limit),
         Work::Run(gic, cpu) => {

@@ -25,6 +25,8 @@ pub enum Need {
     Debs,
     /// clippy and rustfmt.
     Lints,
+    /// libFuzzer's compiler.
+    Cxx,
 }
 
 /// Everything.
@@ -62,6 +64,7 @@ fn packages(need: Need) -> &'static [&'static str] {
             "libelf-dev",
             "ccache",
         ],
+        Need::Cxx => &["g++"],
         Need::Debs => &["dpkg", "apt", "e2fsprogs"],
     }
 }

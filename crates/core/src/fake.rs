@@ -69,11 +69,15 @@ struct Table {
 /// What a TLB may hold although the tables no longer say so.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stale {
+    /// Whose stage-2.
     pub vttbr: u64,
+    /// What it translates: the first byte.
     pub ipa: u64,
+    /// And how many.
     pub size: u64,
     /// Where it leads: a page, a block, or (walk caches) the next table.
     pub to: u64,
+    /// The size of that.
     pub to_size: u64,
 }
 
@@ -94,6 +98,7 @@ impl Hasher for PageHasher {
 }
 
 type PageMap<T> = HashMap<u64, T, BuildHasherDefault<PageHasher>>;
+/// Pages that are not all zero.
 pub type Memory = PageMap<Box<[u64; 512]>>;
 
 #[derive(Default)]
@@ -105,8 +110,17 @@ struct State {
     tables: [PageMap<Table>; 2],
     /// Root of the SMMU's.
     devices: Option<u64>,
+    /// How many leaves at level 3 lead to a page, and all others: so that no walk
+    /// is needed to see that a page is unused.
+    leaves: PageMap<u32>,
+    blocks: Vec<(u64, u64)>,
+    /// Table entries read and written, so that an endless loop ends.
+    accesses: u64,
     stale: Vec<Stale>,
 }
+
+/// More than any test needs.
+const MAX_ACCESSES: u64 = 1 << 24;
 
 const fn entry_size(level: u32) -> u64 {
     match level {
@@ -133,6 +147,11 @@ fn split(table: Pa, i: usize) -> (u64, usize) {
 }
 
 impl State {
+    fn count_access(&mut self) {
+        self.accesses += 1;
+        assert!(self.accesses < MAX_ACCESSES, "table accesses without end");
+    }
+
     fn get(&self, page: u64, i: usize) -> u64 {
         self.memory.get(&page).map_or(0, |p| p[i])
     }
@@ -155,7 +174,29 @@ impl State {
             if table.is_pointer(entry) {
                 let (base, _) = table.entry(i);
                 self.add_table(entry.address().0, Table { level: table.level + 1, base, ..table });
+            } else {
+                self.add_leaf(table, entry);
             }
+        }
+    }
+
+    fn add_leaf(&mut self, table: Table, entry: Entry) {
+        let to = entry.address().0;
+        match entry_size(table.level) {
+            PAGE_SIZE => *self.leaves.entry(to).or_default() += 1,
+            size => self.blocks.push((to, size)),
+        }
+    }
+
+    fn remove_leaf(&mut self, table: Table, entry: Entry) {
+        let to = entry.address().0;
+        if let Some(count) = self.leaves.get_mut(&to).filter(|_| table.level == 3) {
+            *count -= 1;
+            if *count == 0 {
+                self.leaves.remove(&to);
+            }
+        } else if let Some(at) = self.blocks.iter().position(|b| b.0 == to) {
+            self.blocks.swap_remove(at);
         }
     }
 
@@ -164,6 +205,9 @@ impl State {
         let (ipa, size) = table.entry(i);
         let to = entry.address().0;
         let pointer = table.is_pointer(entry);
+        if !pointer {
+            self.remove_leaf(table, entry);
+        }
         if self.world(table.vttbr).cached {
             let to_size = if pointer { PAGE_SIZE } else { size };
             self.stale.push(Stale { vttbr: table.vttbr, ipa, size, to, to_size });
@@ -186,6 +230,10 @@ impl State {
         let at_page = |s: &&Stale| s.to <= page && page - s.to < s.to_size;
         if let Some(stale) = self.stale.iter().find(at_page) {
             panic!("{what} {page:#x}: a TLB still knows it: {stale:x?}");
+        }
+        let block = self.blocks.iter().any(|(to, size)| *to <= page && page - to < *size);
+        if !block && !self.leaves.contains_key(&page) {
+            return;
         }
         for (at, table) in self.tables.iter().flatten() {
             for (i, entry) in self.entries(*at) {
@@ -230,6 +278,8 @@ impl State {
             if table.is_pointer(new) {
                 let next = Table { level: table.level + 1, base: ipa, ..table };
                 self.add_table(new.address().0, next);
+            } else {
+                self.add_leaf(table, new);
             }
         }
     }
@@ -242,6 +292,7 @@ impl State {
     }
 }
 
+/// Memory, TLBs, and what happened.
 #[derive(Default)]
 pub struct FakeHardware {
     state: Mutex<State>,
@@ -293,11 +344,13 @@ impl FakeHardware {
         state.memory.entry(page.0).or_insert_with(|| Box::new([0; 512]))[index] = value;
     }
 
+    /// Reads one word.
     pub fn peek(&self, page: Pa, index: usize) -> u64 {
         let (page, slot) = split(page, index);
         self.state().get(page, slot)
     }
 
+    /// Whether a page holds nothing.
     pub fn is_zero(&self, page: Pa) -> bool {
         self.state().memory.get(&page.0).is_none_or(|p| p.iter().all(|w| *w == 0))
     }
@@ -309,6 +362,7 @@ impl FakeHardware {
         memory
     }
 
+    /// What happened since the last call.
     pub fn take_events(&self) -> Vec<Event> {
         std::mem::take(&mut self.state().events)
     }
@@ -316,11 +370,13 @@ impl FakeHardware {
 
 impl Hardware for FakeHardware {
     fn read_entry(&self, table: Pa, index: usize) -> u64 {
+        self.state().count_access();
         self.peek(table, index)
     }
 
     fn write_entry(&self, table: Pa, index: usize, value: u64) {
         let mut state = self.state();
+        state.count_access();
         state.write(table, index, value);
         state.events.push(Event::Write(table, index, value));
     }
@@ -388,6 +444,7 @@ pub fn ram() -> Ram {
     Ram::new([Range { base: BASE, size: 6 << 20 }, Range { base: BANK2, size: 2 << 20 }])
 }
 
+/// Ownership records for [`ram`].
 pub fn records() -> Vec<AtomicU16> {
     (0..PAGES).map(|_| AtomicU16::new(0)).collect()
 }
@@ -406,13 +463,18 @@ pub fn root(slot: VmSlot) -> Pa {
     Pa(BASE + carveout::VM_ROOTS + u64::from(slot.0) * 2 * PAGE_SIZE)
 }
 
+/// A machine whose host runs.
 pub struct FakeMachine<'a> {
+    /// The hardware.
     pub hw: FakeHardware,
+    /// The ownership records.
     pub pages: Pages<'a>,
+    /// The host's map.
     pub host: Mutex<HostMap>,
 }
 
 impl<'a> FakeMachine<'a> {
+    /// All of [`ram`] but the carve-out is the host's.
     pub fn new(records: &'a [AtomicU16]) -> Self {
         let hw = FakeHardware::default();
         let pages = Pages::new(ram(), records).expect("enough records");

@@ -5,7 +5,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fake"))]
 extern crate std;
 
 #[cfg(feature = "leave-out")]
@@ -43,7 +43,7 @@ pub mod vm;
 
 #[cfg(test)]
 mod concurrent;
-#[cfg(test)]
-mod fake;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 #[cfg(test)]
 mod hostile;
