@@ -112,7 +112,7 @@ const MORE_CHECKS: [(&str, Check); 9] = [
 const CPU_CHECK: (&str, Check) = ("cpu-on", |f| f.cpu_on());
 
 /// With `job=attack`: those of `havmsi-vmm` against guests of its own.
-const VMM_ATTACKS: [&str; 15] = [
+const VMM_ATTACKS: [&str; 16] = [
     "own-mapping-read",
     "own-mapping-write",
     "slot-alias",
@@ -128,6 +128,7 @@ const VMM_ATTACKS: [&str; 15] = [
     "guest-debug",
     "reset-read",
     "time-back",
+    "forged-sgi",
 ];
 
 /// What is left after an attack, with `job=attack`.

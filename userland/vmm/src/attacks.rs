@@ -3,11 +3,11 @@
 
 use crate::memory::Memory;
 use crate::obey::{self, order};
-use crate::vm::{DATA, Reg, Reply, SLOT, Stop, Vm};
+use crate::vm::{DATA, DISTRIBUTOR, REDISTRIBUTOR, Reg, Reply, SLOT, Stop, Vm};
 use crate::{Finding, tiny};
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MP_STATE_RUNNABLE, kvm_arm_counter_offset,
-    kvm_guest_debug, kvm_mp_state,
+    KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
+    KVM_MP_STATE_RUNNABLE, kvm_arm_counter_offset, kvm_device_attr, kvm_guest_debug, kvm_mp_state,
 };
 use std::os::fd::AsRawFd as _;
 use std::rc::Rc;
@@ -17,7 +17,7 @@ type Outcome = Result<Finding, String>;
 type Attack = fn() -> Outcome;
 
 /// All of them.
-pub const ATTACKS: [(&str, Attack); 15] = [
+pub const ATTACKS: [(&str, Attack); 16] = [
     ("own-mapping-read", own_mapping_read),
     ("own-mapping-write", own_mapping_write),
     ("slot-alias", slot_alias),
@@ -33,6 +33,7 @@ pub const ATTACKS: [(&str, Attack); 15] = [
     ("guest-debug", guest_debug),
     ("reset-read", reset_read),
     ("time-back", time_back),
+    ("forged-sgi", forged_sgi),
 ];
 
 /// What the guest keeps in its memory.
@@ -338,4 +339,46 @@ fn time_back() -> Outcome {
         texts.push(format!("{what}: {}; the guest's counter {end}", errors(set)));
     }
     finding(exposed, texts.join("; "))
+}
+
+/// An interrupt between processors that no processor of the guest sent.
+fn forged_sgi() -> Outcome {
+    const NONE: u64 = 1023;
+    const SGI: u32 = 5;
+    // Of the redistributor's second page, and GICD_CTLR.
+    const GROUPS: u64 = 0x1_0080;
+    const ENABLE: u64 = 0x1_0100;
+    const PENDING: u64 = 0x1_0200;
+    const GROUP_1: u64 = 1 << 1;
+    let mut vm = Vm::new(obey::image())?;
+    let gic = vm.gic()?;
+    vm.must(order::WRITE_32, DISTRIBUTOR, GROUP_1)?;
+    vm.must(order::WRITE_32, REDISTRIBUTOR + GROUPS, 0xffff_ffff)?;
+    vm.must(order::WRITE_32, REDISTRIBUTOR + ENABLE, 0xffff)?;
+    vm.must(order::LISTEN, 0, 0)?;
+    let before = vm.must(order::ACKNOWLEDGE, 0, 0)?;
+    if before != NONE {
+        return Err(format!("interrupt {before} came by itself"));
+    }
+    let value: u32 = 1 << SGI;
+    let attr = kvm_device_attr {
+        group: KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
+        attr: PENDING,
+        addr: (&raw const value).expose_provenance() as u64,
+        flags: 0,
+    };
+    let set = gic.set_device_attr(&attr).map_err(|e| e.to_string());
+    let reply = vm.order(order::ACKNOWLEDGE, 0, 0);
+    finding(
+        reply == Reply::Value(SGI.into()),
+        format!(
+            "SGI {SGI} made pending through the GIC's user interface: {}; the guest {}",
+            errors(set),
+            match reply {
+                Reply::Value(NONE) => "finds none".to_owned(),
+                Reply::Value(id) => format!("takes interrupt {id}"),
+                other => format!("stops: {other}"),
+            }
+        ),
+    )
 }

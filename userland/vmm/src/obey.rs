@@ -27,6 +27,12 @@ pub mod order {
     pub const SPIN: u64 = 4;
     /// Call the function at an address.
     pub const CALL: u64 = 5;
+    /// Store 32 bits.
+    pub const WRITE_32: u64 = 6;
+    /// Open the CPU interface to interrupts of group 1.
+    pub const LISTEN: u64 = 7;
+    /// Acknowledge an interrupt: its number, 1023 for none.
+    pub const ACKNOWLEDGE: u64 = 8;
 }
 
 /// What the function at [`function`] returns.
@@ -55,6 +61,12 @@ global_asm!(
     "b.eq 4f",
     "cmp x2, #4",
     "b.eq 5f",
+    "cmp x2, #6",
+    "b.eq 10f",
+    "cmp x2, #7",
+    "b.eq 11f",
+    "cmp x2, #8",
+    "b.eq 12f",
     "ic iallu",
     "dsb sy",
     "isb",
@@ -71,6 +83,20 @@ global_asm!(
     "5: subs x3, x3, #1",
     "b.ne 5b",
     "mov x5, xzr",
+    "b 7f",
+    "10: str w4, [x3]",
+    "mov x5, x4",
+    "b 7f",
+    // ICC_PMR_EL1, ICC_IGRPEN1_EL1.
+    "11: mov x5, #0xff",
+    "msr S3_0_C4_C6_0, x5",
+    "mov x5, #1",
+    "msr S3_0_C12_C12_7, x5",
+    "isb",
+    "b 7f",
+    // ICC_IAR1_EL1.
+    "12: mrs x5, S3_0_C12_C12_0",
+    "dsb sy",
     "b 7f",
     "6: movz w0, #0x8400, lsl #16",
     "orr w0, w0, #8",

@@ -5,10 +5,12 @@ use crate::memory::Memory;
 use crate::obey::{self, order};
 use crate::tiny;
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, kvm_regs, kvm_userspace_memory_region,
-    kvm_vcpu_init,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_DEV_ARM_VGIC_CTRL_INIT,
+    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_VGIC_V3_ADDR_TYPE_DIST,
+    KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_regs, kvm_userspace_memory_region, kvm_vcpu_init,
 };
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
 use std::mem::offset_of;
 use std::rc::Rc;
 
@@ -16,6 +18,10 @@ use std::rc::Rc;
 pub const SLOT: u64 = 1 << 20;
 /// Where the data slot begins.
 pub const DATA: u64 = tiny::RAM + SLOT;
+/// The GIC's distributor in the VM.
+pub const DISTRIBUTOR: u64 = 0x0800_0000;
+/// Its first redistributor.
+pub const REDISTRIBUTOR: u64 = 0x080a_0000;
 const CORE: u64 = 0x6030_0000_0010_0000;
 const CORE_128: u64 = 0x6040_0000_0010_0000;
 const SYSTEM: u64 = 0x6030_0000_0013_0000;
@@ -185,6 +191,26 @@ impl Vm {
         // SAFETY: a mapping that is never unmapped, and never reached through a reference.
         unsafe { self.vm.set_user_memory_region(region) }
             .map_err(text("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// Gives the VM a GICv3; before the first run, after its vCPUs.
+    pub fn gic(&self) -> Result<DeviceFd, String> {
+        let mut device =
+            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, fd: 0, flags: 0 };
+        let gic = self.vm.create_device(&mut device).map_err(text("GICv3"))?;
+        let set = |group, attr: u32, value: u64| {
+            let attr = kvm_device_attr {
+                group,
+                attr: attr.into(),
+                addr: (&raw const value).expose_provenance() as u64,
+                flags: 0,
+            };
+            gic.set_device_attr(&attr).map_err(text("GICv3's attributes"))
+        };
+        set(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_V3_ADDR_TYPE_DIST, DISTRIBUTOR)?;
+        set(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_V3_ADDR_TYPE_REDIST, REDISTRIBUTOR)?;
+        set(KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
+        Ok(gic)
     }
 
     /// The descriptor of a vCPU.

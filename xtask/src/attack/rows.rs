@@ -357,7 +357,15 @@ pub const ROWS: [Row; 28] = [
     ),
     row("T25", "Exhaustion", &[]),
     row("T26", "Known classes of bugs of such monitors", &[]),
-    row("T27", "Hostile injection", &[]),
+    row(
+        "T27",
+        "Hostile injection",
+        &[linux(
+            "forged-sgi",
+            Vmm,
+            "make an SGI pending that no vCPU of the guest sent; the guest takes it",
+        )],
+    ),
     row(
         "T28",
         "The guest's time turned back",
