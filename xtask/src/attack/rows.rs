@@ -291,11 +291,24 @@ pub const ROWS: [Row; 28] = [
     row(
         "T14",
         "Device DMA",
-        &[linux(
-            "fw-cfg-dma",
-            Device,
-            "QEMU's configuration device copies over a guest's page; the guest finds it changed",
-        )],
+        &[
+            linux("dma-read", Device, "a PCI device reads a guest's page"),
+            linux(
+                "dma-write",
+                Device,
+                "a PCI device writes a guest's page; the guest finds it changed",
+            ),
+            linux(
+                "dma-table",
+                Device,
+                "a PCI device writes a stage-2 descriptor; it reads and writes the monitor's tables and EL2's vectors",
+            ),
+            linux(
+                "fw-cfg-dma",
+                Device,
+                "QEMU's configuration device copies over a guest's page; the guest finds it changed",
+            ),
+        ],
     ),
     row(
         "T15",
