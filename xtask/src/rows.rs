@@ -48,8 +48,8 @@ pub enum Work {
     Digest(u32),
     /// Test monitors can leave checks out, no other can.
     LeaveOut,
-    /// Threats, each on its control and under HA-VMSI.
-    Attack(&'static str),
+    /// All threats, each on its control and under HA-VMSI.
+    Attack,
     /// docs/threats.md is what the rows of the attacks make of it.
     ThreatsDoc,
     /// The pure crate against its model, for so many seconds.
@@ -83,7 +83,6 @@ pub fn table() -> Vec<Row> {
                     cpu.name()
                 )
             }
-            Work::Attack(ids) => format!("cargo xtask attack --only {ids}"),
             Work::Fuzz(gic, cpu, calls) => {
                 format!(
                     "cargo xtask fuzz --target --calls {calls} --gic {gic} --cpu {}",
@@ -91,6 +90,7 @@ pub fn table() -> Vec<Row> {
                 )
             }
             Work::FuzzHost(_) => "cargo xtask fuzz --host".to_owned(),
+            Work::Attack => "cargo xtask attack".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -177,11 +177,7 @@ pub fn table() -> Vec<Row> {
             );
         }
     }
-    add(
-        "attack".into(),
-        420,
-        Work::Attack("T01,T02,T03,T04,T06,T07,T08,T10,T11,T12,T14,T15,T16,T17,T18,T24,T28"),
-    );
+    add("attack".into(), 600, Work::Attack);
     add(
         "linux/rounds/gic3/cortex-a57".into(),
         600,
@@ -208,7 +204,7 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
         matches!(
             w,
             Work::Run(..)
-                | Work::Attack(_)
+                | Work::Attack
                 | Work::Job(..)
                 | Work::Mismatch(..)
                 | Work::Digest(_)
@@ -302,9 +298,8 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
             build::monitor(ctx)?;
             Ok(Ended::ok("no release compiles with it, and the image has nothing of it"))
         }
-        Work::Attack(ids) => {
-            let ids: Vec<String> = ids.split(',').map(str::to_owned).collect();
-            let report = attack::execute(ctx, &ids)?;
+        Work::Attack => {
+            let report = attack::execute(ctx, &[])?;
             if !report.problems.is_empty() {
                 bail!("{}", report.problems.join("\n"));
             }

@@ -39,7 +39,7 @@ mod target {
 const SMMU: u64 = 0x0905_0000;
 
 /// How long a guest may take to notice a change that was made.
-const NOTICE: Duration = Duration::from_secs(20);
+const NOTICE: Duration = Duration::from_secs(10);
 /// How long to wait when every attempt was refused. The verdict at the end covers all pages.
 const REFUSED: Duration = Duration::from_millis(500);
 /// How often the vCPUs of a running QEMU are looked at until the guest's values are in sight, and
@@ -96,12 +96,14 @@ const CHECKS: [(&str, Check); 16] = [
 ];
 
 /// More of them, with `job=attack`.
-const MORE_CHECKS: [(&str, Check); 9] = [
+const MORE_CHECKS: [(&str, Check); 11] = [
     ("regs-at-exits", |f| f.regs_at_exits()),
     ("dma-read", |f| f.dma_read()),
     ("dma-write", |f| f.dma_write()),
     ("dma-table", |f| f.dma_table()),
     ("fw-cfg-dma", |f| f.fw_cfg_dma()),
+    ("virtio-mmio", |f| f.virtio_mmio()),
+    ("lpi-tables", |f| f.lpi_tables()),
     ("flash", |f| f.flash()),
     ("second-uart", |f| f.second_uart()),
     ("gic-groups", |f| f.gic_groups()),
@@ -366,7 +368,12 @@ impl<'a> Field<'a> {
             Ok(()) => is_page(seed, target::READ, &page),
             Err(e) => (false, error_text(&e)),
         };
-        reads(vec![("process_vm_readv", first), ("/proc/PID/mem", second)])
+        page.fill(0);
+        let third = match sys::ptrace_read(pid, va, &mut page) {
+            Ok(()) => is_page(seed, target::READ, &page),
+            Err(e) => (false, error_text(&e)),
+        };
+        reads(vec![("process_vm_readv", first), ("/proc/PID/mem", second), ("ptrace", third)])
     }
 
     fn kcore_read(&self) -> Outcome {
@@ -885,6 +892,36 @@ impl<'a> Field<'a> {
             Ok(false) => Protected(format!("{what}: written, without effect")),
             Err(e) => Protected(format!("{what}: {}", error_text(&e))),
         })
+    }
+
+    /// Finds a transport of virtio's, whose queues lie wherever its registers say.
+    fn virtio_mmio(&self) -> Outcome {
+        // "virt", the magic number (virtio 1.2, 4.2.2).
+        const MAGIC: u64 = 0x7472_6976;
+        Ok(match self.attacker.io_read(0x0a00_0000, 4) {
+            Ok(MAGIC) => Exposed("the first virtio-mmio transport answers".to_owned()),
+            Ok(other) => Protected(format!("no virtio-mmio transport but {other:#x}")),
+            Err(e) => Protected(format!("virtio-mmio: {}", error_text(&e))),
+        })
+    }
+
+    /// Makes a guest's page the table of pending LPIs, in which a redistributor clears bits.
+    fn lpi_tables(&self) -> Outcome {
+        // GICR_PENDBASER of the first CPU (IHI 0069, 12.11); address in bits 51:16.
+        const PENDBASER: u64 = 0x080a_0078;
+        const ADDRESS: u64 = 0x000f_ffff_ffff_0000;
+        if self.params.gic != 3 {
+            return Ok(Skipped("a GICv2 has no LPIs".to_owned()));
+        }
+        let page = self.pa(self.victim(), target::READ)? & ADDRESS;
+        let point = || {
+            let before = self.attacker.io_read(PENDBASER, 8)?;
+            self.attacker.io_write(PENDBASER, 8, before & !ADDRESS | page)?;
+            let after = self.attacker.io_read(PENDBASER, 8)?;
+            self.attacker.io_write(PENDBASER, 8, before)?;
+            Ok(after & ADDRESS == page)
+        };
+        Self::device("GICR_PENDBASER", point())
     }
 
     /// Programs a word of the flash: on the protected machine, the one with the monitor's image.

@@ -100,6 +100,38 @@ pub fn process_write(pid: i32, address: u64, data: &[u8]) -> Result<()> {
     }
 }
 
+/// Reads another process's memory as a debugger: it is stopped meanwhile.
+pub fn ptrace_read(pid: i32, address: u64, buffer: &mut [u8]) -> Result<()> {
+    let none = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: no pointers of ours.
+    done(unsafe { libc::ptrace(libc::PTRACE_ATTACH, pid, none, none) })?;
+    let mut status = 0;
+    // SAFETY: the pointer is to a number of ours.
+    let stopped = unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) };
+    let mut result = if stopped == pid { Ok(()) } else { Err(Error::last_os_error()) };
+    for (i, bytes) in (0u64..).zip(buffer.chunks_exact_mut(8)) {
+        if result.is_err() {
+            break;
+        }
+        let mut word = 0u64;
+        // SAFETY: the system call itself stores the word at its last argument.
+        let r = unsafe {
+            libc::syscall(
+                libc::SYS_ptrace,
+                libc::PTRACE_PEEKDATA,
+                pid,
+                at(address + 8 * i),
+                &raw mut word,
+            )
+        };
+        result = done(r).map(drop);
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    // SAFETY: no pointers of ours.
+    let detached = unsafe { libc::ptrace(libc::PTRACE_DETACH, pid, none, none) };
+    result.and(done(detached).map(drop))
+}
+
 /// Sends a signal.
 pub fn kill(pid: i32, signal: i32) -> Result<()> {
     // SAFETY: no pointers.

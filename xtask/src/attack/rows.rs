@@ -159,7 +159,7 @@ pub const ROWS: [Row; 28] = [
             linux(
                 "vmm-read",
                 User,
-                "read a page of a guest in QEMU's memory: process_vm_readv, /proc/PID/mem",
+                "read a page of a guest in QEMU's memory: process_vm_readv, /proc/PID/mem, ptrace",
             ),
             linux("vmm-write", User, "change a word there; the guest finds it changed"),
             linux(
@@ -307,6 +307,16 @@ pub const ROWS: [Row; 28] = [
                 "fw-cfg-dma",
                 Device,
                 "QEMU's configuration device copies over a guest's page; the guest finds it changed",
+            ),
+            linux(
+                "virtio-mmio",
+                Device,
+                "reach a virtio-mmio transport, whose queues lie wherever its registers say",
+            ),
+            linux(
+                "lpi-tables",
+                Device,
+                "make a guest's page the table in which a redistributor of the GIC clears bits",
             ),
         ],
     ),
