@@ -223,13 +223,8 @@ pub fn turn_off(cpu: usize) -> Result<(), Failure> {
             return Err(Failure::new(format_args!("CPU {cpu} does not go off")));
         }
     }
-    forget(cpu);
-    Ok(())
-}
-
-/// CPU `cpu` was turned off: the next job turns it on.
-pub fn forget(cpu: usize) {
     JOBS[cpu].state.store(OFF, Ordering::SeqCst);
+    Ok(())
 }
 
 /// Whether CPU `cpu` was turned on.

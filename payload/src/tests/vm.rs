@@ -3,7 +3,7 @@
 
 use havmsi_abi::{Function, MAX_IPA_BITS, MAX_RAM_RANGES, MAX_VCPUS, MAX_VCPUS_PER_VM, MAX_VMS};
 
-use crate::guest::{IPA_BITS, RAM, RAM_SIZE, Vm};
+use crate::guest::{IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
 use crate::harness::Outcome;
 use crate::smc::{DENIED, INVALID, NO_SLOT, STATE, host, until_done};
 use crate::{ensure, expect, gic, memory, test};
@@ -100,6 +100,17 @@ fn handles() -> Outcome {
     new.destroy()
 }
 test!(handles, "T20");
+
+/// Nor does it run a vCPU that is there and could run.
+fn handles_run_nothing() -> Outcome {
+    let (vm, mut vcpu) = Vm::launch(nothing(), [0; 4])?;
+    for handle in [vm.handle ^ 1 << 16, vm.handle ^ 1 << 47, vm.handle & 0xffff] {
+        expect!(host(Function::VcpuRun, &[handle, 0]), Err(INVALID));
+    }
+    vcpu.end()?;
+    vm.destroy()
+}
+test!(handles_run_nothing, "T20");
 
 fn ram_ranges() -> Outcome {
     let vm = Vm::new(1)?;
