@@ -9,7 +9,7 @@ use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::host_map::HostMap;
 use havmsi_core::launch::Boot;
 use havmsi_core::page::Pages;
-use havmsi_core::stage2;
+use havmsi_core::stage2::{self, Entry};
 use havmsi_core::vm::Machine as Transitions;
 use havmsi_hal::gic::Gic;
 use havmsi_hal::machine::Machine;
@@ -226,9 +226,7 @@ pub fn enter(boot: &Boot) {
     cache::invalidate_icache_all();
     let cpu = this_cpu();
     cpu.resume_host_next();
-    cpu.with_host(|frame| {
-        frame.start(boot);
-    });
+    cpu.with_host(|frame| frame.start(boot));
 }
 
 /// A register of this CPU's that does not hold the host in, as [`set_up_cpu`]
@@ -266,10 +264,6 @@ pub fn changed() -> Option<(&'static str, u64)> {
 /// Whether the host may run code at `address`.
 pub fn is_executable(address: u64) -> bool {
     let world = world();
-    address.is_multiple_of(4)
-        && world
-            .map
-            .lock()
-            .lookup(&world.machine, Ipa(address & !(PAGE_SIZE - 1)))
-            .is_some_and(|leaf| leaf.is_executable())
+    let leaf = world.with_host_map(|map| map.lookup(&world.machine, Ipa(address).page()));
+    address.is_multiple_of(4) && leaf.is_some_and(Entry::is_executable)
 }

@@ -594,8 +594,6 @@ impl Vm {
             let Vcpu { context, run_page, .. } = *vcpu;
             *vcpu = Vcpu { exists: true, context, run_page, ..Vcpu::NONE };
         }
-        self.devices = Range::default();
-        self.launch = Launch::NEW;
         self.phase = Phase::Open;
         Ok(())
     }
@@ -606,6 +604,8 @@ impl Vm {
         }
         if self.phase != phase {
             self.phase = phase;
+            self.devices = Range::default();
+            self.launch = Launch::NEW;
             self.map.begin_teardown(m.hw());
         }
         let give_back = |page| wipe_to_host(m, page);
@@ -645,8 +645,6 @@ impl Vm {
             *vcpu = Vcpu::NONE;
         }
         self.ram = [Range::default(); MAX_RAM_RANGES];
-        self.devices = Range::default();
-        self.launch = Launch::NEW;
         self.phase = Phase::Free;
         Ok(())
     }

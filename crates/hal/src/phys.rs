@@ -9,13 +9,14 @@ use core::ptr::with_exposed_provenance_mut;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use havmsi_core::addr::{Pa, index};
-use havmsi_core::ram::{MAX_BANKS, Ram, Range};
+use havmsi_core::ram::Ram;
+use spin::Once;
 
 use crate::cache;
 
 const PAGE: usize = 4096;
 
-static BANKS: [[AtomicU64; 2]; MAX_BANKS] = [const { [const { AtomicU64::new(0) }; 2] }; MAX_BANKS];
+static RAM: Once<Ram> = Once::new();
 
 /// Tells which RAM there is. Once, at boot.
 ///
@@ -23,19 +24,13 @@ static BANKS: [[AtomicU64; 2]; MAX_BANKS] = [const { [const { AtomicU64::new(0) 
 /// EL3 must map all of it, 1:1, as non-secure normal write-back memory, and no
 /// Rust object may lie in it.
 pub unsafe fn set_ram(ram: &Ram) {
-    for (bank, range) in BANKS.iter().zip(ram.banks()) {
-        bank[0].store(range.base, Ordering::Relaxed);
-        bank[1].store(range.size, Ordering::Release);
-    }
+    RAM.call_once(|| *ram);
 }
 
 /// The virtual address of `size` bytes of RAM at `pa`. Anything else than RAM
 /// is a broken invariant of the caller, who took `pa` from an ownership record.
 fn address(pa: Pa, size: u64) -> usize {
-    let inside = BANKS.iter().any(|bank| {
-        let size_of_bank = bank[1].load(Ordering::Acquire);
-        Range { base: bank[0].load(Ordering::Relaxed), size: size_of_bank }.contains(pa.0, size)
-    });
+    let inside = RAM.get().is_some_and(|ram| ram.banks().iter().any(|b| b.contains(pa.0, size)));
     #[cfg(feature = "leave-out")]
     let inside = inside || havmsi_core::left_out!(Ram);
     assert!(inside && pa.0.is_multiple_of(size), "access outside RAM");
