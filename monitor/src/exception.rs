@@ -69,16 +69,10 @@ pub fn stop_if_told() {
 /// Traps of the host through the EL2 vector.
 fn from_host_el2(frame: &mut Frame) {
     let esr = esr_el2::read();
+    let access = SysregAccess::decode(esr);
     match esr >> EC_SHIFT {
         ec::DATA_ABORT | ec::INSTRUCTION_ABORT => host_abort::handle(frame, esr),
-        ec::SYSREG => {
-            let access = SysregAccess::decode(esr);
-            if access.is_id() && access.read {
-                id_read(frame, access, World::Host);
-            } else {
-                inject_undefined(frame);
-            }
-        }
+        ec::SYSREG if access.is_id() && access.read => id_read(frame, access, World::Host),
         _ => inject_undefined(frame),
     }
 }

@@ -51,8 +51,6 @@ pub enum Error {
     NotSupported = -1,
     /// Arguments that name nothing.
     InvalidParameters = -2,
-    /// Not allowed.
-    Denied = -3,
     /// The CPU is on.
     AlreadyOn = -4,
     /// The CPU is being turned on.
@@ -181,7 +179,7 @@ mod tests {
         assert_eq!(features(0x8400_000e), no);
         assert_eq!(discovery(id::SMCCC_ARCH_FEATURES, 0x8000_8000), Some(no));
         assert_eq!(discovery(id::CPU_ON, 0), None);
-        assert_eq!(Error::Denied.code(), u64::MAX - 2);
+        assert_eq!(Error::AlreadyOn.code(), u64::MAX - 3);
     }
 
     #[test]
