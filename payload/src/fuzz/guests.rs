@@ -9,6 +9,8 @@ use crate::guest_program;
 pub const FOUND: u64 = 0x208;
 /// What the shared guests report there.
 pub const FOUND_VALUE: u64 = 0xfa11_ed00_c0de_0001;
+/// Where in a page the shared guests write most.
+pub const STORED: u64 = 0xff0;
 const _: () = assert!(VECTORS_AT == 0x4000_1000);
 
 // x0 = its secret, x1 = its data, x2 = pages of that less one, x3 = a random
@@ -308,7 +310,7 @@ guest_program!(raw fuzz_chaos,
     // For a while, so that another CPU may take the page meanwhile.
     "and x7, x5, #15",
     "add x7, x21, x7, lsl #12",
-    "mov x9, #0x1000",
+    "mov x9, #0x8000",
     "5: str x26, [x7, #0xff0]",
     "subs x9, x9, #1",
     "b.ne 5b",

@@ -4,13 +4,16 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use havmsi_abi::PAGE_SIZE;
 use havmsi_abi::layout::carveout_size;
+use havmsi_abi::{Function, PAGE_SIZE};
 
-use super::world::{self, ACCESSES, HAMMERED, LAST_WORD};
+use super::calls::checked;
+use super::guests::STORED;
+use super::world::{self, ACCESSES, HAMMERED, LAST_WORD, any_of};
 use super::{Cpu, index, is_magic, solo};
 use crate::cpu::MAX_CPUS;
 use crate::gic::{self, redistributor};
+use crate::guest::RAM;
 use crate::harness::Outcome;
 use crate::memory::{self, PATTERN, RAM_BASE, RAM_SIZE};
 use crate::tests::registers::get_fp;
@@ -184,11 +187,24 @@ pub fn anything(cpu: &mut Cpu) -> Outcome {
             }
             Ok(())
         }
+        17 => strip(cpu),
         _ => {
             scribble(cpu);
             Ok(())
         }
     }
+}
+
+/// Takes the pages from a VM that its guest writes to, perhaps just now: nothing
+/// of it arrives any more.
+fn strip(cpu: &mut Cpu) -> Outcome {
+    let vm = any_of(&world::SHARED, cpu.cpus, cpu.random.any()).handle();
+    let _ = checked(Function::PageUnmap, &[vm, RAM + 2 * PAGE_SIZE, 14])?;
+    for i in 0..world::COMMON {
+        let at = world::common(i) + STORED;
+        ensure!(!memory::peek(at).is_ok_and(is_magic), "{at:#x} is the host's, and a guest writes");
+    }
+    Ok(())
 }
 
 /// Writes into a run page that another CPU may be running a vCPU with: a word
