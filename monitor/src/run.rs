@@ -191,6 +191,7 @@ fn enter(
     drop(locked);
     let context = current.context();
     context.pending = Pending::Nothing;
+    havmsi_core::left_out!(AnswerOnce => context.pending = pending);
     if let Some(boot) = &run.start {
         context.start(boot);
         havmsi_core::left_out!(GuestEntry => if entry.gpr[0] != 0 { context.frame.elr = entry.gpr[0] });

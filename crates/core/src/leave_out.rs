@@ -96,6 +96,8 @@ checks! {
     RamFault,
     /// the host completes what it was not asked for
     Answer,
+    /// an answer can be given again
+    AnswerOnce,
     /// the host injects aborts at any time
     Inject,
     /// any number of list registers

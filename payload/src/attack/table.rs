@@ -57,6 +57,7 @@ pub const TABLE: &[Attack] = &[
     attack("T07", "t07::fp_registers", "FpClear", "the host reads FP registers after a guest used them"),
     attack("T07", "t07::interface", "CloseGic", "a VM without interrupt controller reads the registers of another VM's").gic(3),
     attack("T08", "t08::skipped", "Answer", "the host completes an instruction that did not exit"),
+    attack("T08", "t08::answered_twice", "AnswerOnce", "the host completes a load twice, with an interrupt in between"),
     attack("T09", "t09::wide_answer", "LoadWidth", "the host answers the load of a byte with more"),
     attack("T10", "t10::ram_as_mmio", "RamFault", "the host lets RAM unmapped, to emulate a guest's accesses to it"),
     attack("T10", "t10::page_for_device", "DeclaredRam", "the host maps a page where a guest has a device"),

@@ -48,6 +48,27 @@ fn skipped(victim: &mut Victim) -> Outcome {
 }
 attack!(skipped, "t08::skipped");
 
+guest_program!(waiting, "ldr x5, [x20, #8]", "1: b 1b", "str x1, [x20, #0x220]");
+
+/// A load is completed, an interrupt comes, the load is completed again: that
+/// would step over what the guest is doing by then.
+fn answered_twice(victim: &mut Victim) -> Outcome {
+    let (_, mut vcpu) = Vm::launch(waiting(), [0, victim.secret ^ FREE, 0, 0])?;
+    vcpu.expect(ExitClass::MmioRead)?;
+    vcpu.complete(0);
+    gic::alarm(50);
+    while !gic::alarm_fired() {
+        vcpu.run_once()?;
+    }
+    vcpu.complete(0);
+    gic::alarm(50);
+    let result = vcpu.run_once().map(|e| e.class);
+    gic::quiet();
+    let shown = if result.is_ok() { vcpu.exit.data } else { 0 };
+    victim.disclosed(shown, FREE, format_args!("VCPU_RUN with COMPLETE: {result:?}; it shows"))
+}
+attack!(answered_twice, "t08::answered_twice");
+
 /// An external abort that no access of the guest's has caused.
 fn abort(victim: &mut Victim) -> Outcome {
     let (result, vcpu) = answered(victim, EntryFlags::INJECT_SEA)?;
