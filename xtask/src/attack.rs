@@ -34,8 +34,8 @@ pub struct Args {
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Write docs/threats.md from the result
-    #[arg(long, conflicts_with = "only")]
+    /// Write docs/threats.md from the result; rows that were not run stay as they are
+    #[arg(long)]
     pub docs: bool,
 }
 

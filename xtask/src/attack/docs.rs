@@ -59,36 +59,61 @@ fn cell(pair: &Pair, evidence: bool) -> String {
     )
 }
 
-/// The text for these rows, with or without the evidence of the run.
-fn text(rows: &[Judged], evidence: bool) -> String {
+/// A row's line in the table at the top.
+fn line(r: &Judged) -> String {
+    let count = r.variants.len();
+    format!("| {} | {} | {count} | {} | {} |\n", r.id, r.title, r.control, r.havmsi)
+}
+
+/// A row's section.
+fn section(r: &Judged, evidence: bool) -> String {
+    let mut out = format!("\n## {} {}\n\n", r.id, r.title);
+    if let Some(reason) = &r.reason {
+        out.push_str(&format!("Not run: {reason}.\n"));
+        return out;
+    }
+    out.push_str(
+        "| attack | by | what is tried | control | on the control | under HA-VMSI |\n|---|---|---|---|---|---|\n",
+    );
+    r.variants.iter().for_each(|p| out.push_str(&cell(p, evidence)));
+    out
+}
+
+/// A row's line and section as an earlier run left them in the file.
+fn earlier(file: &str, id: &str) -> Option<(String, String)> {
+    let line = file.lines().find(|l| l.starts_with(&format!("| {id} |")))?;
+    let from = file.find(&format!("\n## {id} "))?;
+    let rest = file.get(from..)?;
+    let to = rest.get(1..)?.find("\n## ").map_or(rest.len(), |i| i + 1);
+    Some((format!("{line}\n"), rest.get(..to)?.to_owned()))
+}
+
+/// The text for all rows: what was run now, else what the file has.
+fn text(rows: &[Judged], evidence: bool, file: &str) -> Result<String> {
     let mut out = HEAD.to_owned();
     out.push_str("| id | threat | attacks | control | HA-VMSI |\n|---|---|---|---|---|\n");
-    for r in rows {
-        let count = r.variants.len();
-        out.push_str(&format!(
-            "| {} | {} | {count} | {} | {} |\n",
-            r.id, r.title, r.control, r.havmsi
-        ));
+    let mut sections = String::new();
+    for row in &ROWS {
+        let (line, section) = match rows.iter().find(|r| r.id == row.id) {
+            Some(r) => (line(r), section(r, evidence)),
+            None => earlier(file, row.id).with_context(|| {
+                format!("docs/threats.md has no {}, and it was not run now", row.id)
+            })?,
+        };
+        out.push_str(&line);
+        sections.push_str(&section);
     }
-    for r in rows {
-        out.push_str(&format!("\n## {} {}\n\n", r.id, r.title));
-        if let Some(reason) = &r.reason {
-            out.push_str(&format!("Not run: {reason}.\n"));
-            continue;
-        }
-        out.push_str("| attack | by | what is tried | control | on the control | under HA-VMSI |\n|---|---|---|---|---|---|\n");
-        r.variants.iter().for_each(|p| out.push_str(&cell(p, evidence)));
-    }
-    out
+    Ok(out + &sections)
 }
 
 fn path(ctx: &Ctx) -> PathBuf {
     ctx.root.join("docs/threats.md")
 }
 
-/// Writes the file.
+/// Writes the file; rows that were not run stay as they are.
 pub fn write(ctx: &Ctx, rows: &[Judged]) -> Result<()> {
-    sh::write(&path(ctx), text(rows, true))?;
+    let file = fs::read_to_string(path(ctx)).unwrap_or_default();
+    sh::write(&path(ctx), text(rows, true, &file)?)?;
     println!("wrote {}", path(ctx).display());
     Ok(())
 }
@@ -118,7 +143,8 @@ pub fn check(ctx: &Ctx) -> Result<String> {
     };
     let all = ROWS.iter().flat_map(|r| r.variants());
     let tries: Tries = all.map(|v| (v.name, (well("succeeded"), well("blocked")))).collect();
-    let wanted = text(&ROWS.iter().map(|r| judge(r, &tries)).collect::<Vec<_>>(), false);
+    let rows: Vec<Judged> = ROWS.iter().map(|r| judge(r, &tries)).collect();
+    let wanted = text(&rows, false, "")?;
     let file = fs::read_to_string(path(ctx)).context("docs/threats.md")?;
     let found = without_evidence(&file);
     if let Some((w, f)) = wanted.lines().zip(found.lines()).find(|(w, f)| w != f) {
@@ -166,6 +192,10 @@ mod tests {
             .map(|v| (v.name, (t("succeeded", "a: b | c"), t("blocked", "zeros; x: y"))))
             .collect();
         let rows: Vec<Judged> = ROWS.iter().map(|r| judge(r, &tries)).collect();
-        assert_eq!(without_evidence(&text(&rows, true)), text(&rows, false));
+        let file = text(&rows, true, "").unwrap();
+        assert_eq!(without_evidence(&file), text(&rows, false, "").unwrap());
+        // A run of one row leaves the others as they are.
+        assert_eq!(text(&rows[13..14], true, &file).unwrap(), file);
+        assert!(text(&rows[13..14], true, "").is_err());
     }
 }
