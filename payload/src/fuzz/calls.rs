@@ -257,13 +257,15 @@ pub fn attack(cpu: &mut Cpu) -> Outcome {
     let over = world::ROW - start % world::ROW + 1;
     let across = (world::common(start), over + cpu.random.below(8));
     let vm = any_handle(cpu);
+    // Off at most, and beyond what there is.
+    let no_vcpu = cpu.random.pick(&[1, 2, 63, 64, 65, 128, 256, 1 << 32, 1 << 63, u64::MAX]);
     let either = if cpu.random.once_in(2) { target } else { vm };
     let (function, [a, b, c, d]) = match cpu.random.below(26) {
         0 => (Function::VmAddRam, [either, unaligned, PAGE_SIZE, 0]),
         1 => (Function::VmAddRam, [either, low, 1 << (41 + n % 23), 0]),
         2 => (Function::VcpuCreate, [target, n, hostile, 0]),
-        3 => (Function::VcpuCreate, [target, 2 + n % (1 << 60), page(cpu), 0]),
-        4 => (Function::VcpuSetBoot, [target, 2 + n % (1 << 60), RAM, 0]),
+        3 => (Function::VcpuCreate, [target, no_vcpu.max(2), page(cpu), 0]),
+        4 => (Function::VcpuSetBoot, [target, no_vcpu.max(2), RAM, 0]),
         5 => (Function::VmPopulate, [target, ipa, hostile, 0]),
         6 => (Function::VmPopulate, [target, low, page(cpu), 0]),
         7 => (Function::PageMap, [target, ipa, hostile, PAGE_SIZE]),
@@ -277,7 +279,7 @@ pub fn attack(cpu: &mut Cpu) -> Outcome {
         }
         13 => (Function::PoolDonate, [target, hostile, 1 + n % 32, 0]),
         14 => (Function::PoolDonate, [target, across.0, across.1, 0]),
-        15 => (Function::VcpuRun, [target, 1 + n % (1 << 60), 0, 0]),
+        15 => (Function::VcpuRun, [target, no_vcpu, 0, 0]),
         // With what is a victim's, to another VM.
         16 => (Function::PageMap, [vm, ipa, hostile, PAGE_SIZE]),
         17 => (Function::VmPopulate, [vm, ipa, hostile, 0]),

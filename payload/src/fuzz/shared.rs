@@ -11,7 +11,7 @@ use super::{Cpu, index, is_magic, touch, world};
 use crate::guest::{PORT, RAM, VECTORS_AT};
 use crate::harness::{Failure, Outcome};
 use crate::memory;
-use crate::smc::{AGAIN, BUSY, INVALID, Refusal, STATE};
+use crate::smc::{AGAIN, BUSY, DENIED, INVALID, Refusal, STATE};
 use crate::{ensure, gic};
 
 /// Bytes of RAM.
@@ -176,10 +176,14 @@ impl Shared {
             7 => {
                 let page = world::any_common(&mut cpu.random);
                 let args = [self.handle, at & !(PAGE_SIZE - 1), page, PAGE_SIZE];
-                let answer = checked(Function::PageMap, &args)?;
-                if let Err(Refusal::Wanted(1..)) = answer {
-                    let page = world::any_common(&mut cpu.random);
-                    let _ = checked(Function::PoolDonate, &[self.handle, page, 1])?;
+                match checked(Function::PageMap, &args)? {
+                    Err(Refusal::Wanted(1..)) => {
+                        let page = world::any_common(&mut cpu.random);
+                        let _ = checked(Function::PoolDonate, &[self.handle, page, 1])?;
+                    }
+                    // Its page was taken away: the guest never goes on.
+                    Err(DENIED) => self.left /= 2,
+                    _ => {}
                 }
             }
             _ => {}
