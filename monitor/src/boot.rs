@@ -7,12 +7,14 @@ use core::ptr;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use havmsi_abi::{PAGE_SIZE, layout};
+use havmsi_core::addr::Pa;
 use havmsi_core::launch::Boot;
+use havmsi_core::ram::Range;
 use havmsi_hal::sysreg::scr_el3;
 use havmsi_hal::{barrier, cache, phys};
 
 use crate::cpu::{self, PER_CPU, PerCpu, this_cpu};
-use crate::platform::{self, AFFINITIES, MAX_CPUS};
+use crate::platform::{self, AFFINITIES, Facts, MAX_CPUS};
 use crate::{exception, host, log, mmu, psci, vms};
 
 /// log2 of the bytes between two CPUs' words in the pen: more than a cache
@@ -22,6 +24,10 @@ const PEN_SHIFT: usize = 8;
 const PEN_WAITING: u64 = 0x57a1;
 /// In a pen: the CPU may come in.
 const PEN_GO: u64 = 0x60;
+/// In the pen behind the last CPU's, which no reset clears: VMs ran since
+/// power-on. A random number.
+const VMS_RAN: u64 = 0x93d6_1c5f_a07e_4b28;
+type Pen = [AtomicU64; 1 << (PEN_SHIFT - 3)];
 
 global_asm!(
     include_str!("entry.S"),
@@ -52,7 +58,7 @@ global_asm!(
 );
 
 unsafe extern "C" {
-    static PENS: [[AtomicU64; 1 << (PEN_SHIFT - 3)]; MAX_CPUS];
+    static PENS: [Pen; MAX_CPUS + 1];
     fn resume_current() -> !;
 }
 
@@ -88,6 +94,8 @@ fn first() -> ! {
     gic.init_distributor();
     gic.init_cpu(0);
     let size = facts.ram.page_count() * PAGE_SIZE;
+    let base = facts.ram.banks()[0].base;
+    let (pc, dtb) = (layout::host_kernel(base, size), layout::host_dtb(base, size));
     crate::log!(
         "version {}, {} MiB of RAM, {} CPUs, GICv{}, {}",
         env!("CARGO_PKG_VERSION"),
@@ -99,14 +107,15 @@ fn first() -> ! {
     if let Some(seed) = &facts.seed {
         vms::seed(seed);
     }
+    if pen(MAX_CPUS)[0].load(Ordering::Relaxed) == VMS_RAN {
+        wipe(&facts, Range { base: dtb, size: facts.images });
+    }
     host::build(facts, gic, smmu);
     for cpu in 1..facts.cpus {
         let_in(cpu);
         platform::power_on(cpu, mmu::image_start());
     }
-    let base = facts.ram.banks()[0].base;
-    let x = [layout::host_dtb(base, size), 0, 0, 0];
-    host::enter(&Boot { pc: layout::host_kernel(base, size), x });
+    host::enter(&Boot { pc, x: [dtb, 0, 0, 0] });
     resume()
 }
 
@@ -123,17 +132,42 @@ fn resume() -> ! {
     unsafe { resume_current() }
 }
 
-/// Opens the pen of a CPU that was there at reset. It reads the word with its
-/// caches off. No effect once it is in.
-pub fn let_in(cpu: usize) {
-    if !platform::PEN {
-        return;
-    }
-    // SAFETY: `PENS` lies in secure RAM, mapped like .data; entry.S makes one
-    // element for each CPU, and accesses are atomic.
-    let pens = unsafe { &PENS };
-    let Some(pen) = pens.get(cpu) else { return };
-    pen[0].store(PEN_GO, Ordering::Release);
+fn pen(number: usize) -> &'static Pen {
+    // SAFETY: `PENS` lies in secure RAM, mapped like .data; entry.S makes these
+    // elements, and accesses are atomic.
+    unsafe { &PENS[number] }
+}
+
+/// Sets the word for those that read it with caches off, and after a reset.
+fn set_pen(number: usize, value: u64) {
+    let pen = pen(number);
+    pen[0].store(value, Ordering::Release);
     cache::clean_invalidate(ptr::from_ref(pen).addr(), size_of_val(pen));
-    barrier::sev();
+}
+
+/// Opens the pen of a CPU that was there at reset. No effect once it is in.
+pub fn let_in(cpu: usize) {
+    if platform::PEN {
+        set_pen(cpu, PEN_GO);
+        barrier::sev();
+    }
+}
+
+/// A VM is made: should a reset come before it is destroyed, RAM holds what it left.
+pub fn vms_ran() {
+    set_pen(MAX_CPUS, VMS_RAN);
+}
+
+/// Clears what VMs of an earlier life left in RAM: all but the images, which the
+/// loader has put there again. Devices and other CPUs wait.
+fn wipe(facts: &Facts, images: Range) {
+    havmsi_core::left_out!(Wipe => return);
+    crate::log!("VMs ran before this reset: RAM is cleared");
+    assert!(images.size != 0, "the board does not say where its images are");
+    for bank in facts.ram.banks() {
+        let pages = (bank.base..bank.base + bank.size).step_by(4096);
+        let left = pages.filter(|page| !images.contains(*page, PAGE_SIZE));
+        left.for_each(|page| phys::zero_page(Pa(page)));
+    }
+    set_pen(MAX_CPUS, 0);
 }

@@ -10,7 +10,7 @@ use havmsi_hal::sysreg::{cntpct_el0, cntvoff_el2};
 use havmsi_hal::vgic;
 
 use crate::host::{self, World};
-use crate::{log, platform, run, vms};
+use crate::{boot, log, platform, run, vms};
 
 /// What a call gives back in `x0` to `x5`.
 type Results = [u64; 6];
@@ -81,6 +81,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
             return Ok([a, b, c, d, 0]);
         }
         Function::TimerLoad => {
+            havmsi_core::left_out!(Panic => assert!(a1 != u64::MAX, "told to"));
             let offset = if a1 == 0 { 0 } else { with_vm(a1, |vm| Ok::<_, Error>(vm.cntvoff()))? };
             cntvoff_el2::write(offset);
         }
@@ -121,6 +122,7 @@ fn with_vm<T, E: Into<MapError>>(
 fn create(config: Config) -> Result<[u64; 5], MapError> {
     // The guest's counter starts at 0 with its VM.
     let cntvoff = cntpct_el0::read();
+    boot::vms_ran();
     for (slot, vm) in vms::all() {
         match vm.lock().create(slot, vms::root(slot), config, cntvoff) {
             Ok(handle) => return Ok([handle, cntvoff, 0, 0, 0]),

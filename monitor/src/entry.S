@@ -157,10 +157,11 @@ home:
     b       park
     .ltorg
 
+    // One more: what a reset must not forget.
     .section .pens, "aw", %nobits
     .balign 4096
 PENS:
-    .space  {max_cpus} << {pen_shift}
+    .space  ({max_cpus} + 1) << {pen_shift}
 
     .section .stacks, "aw", %nobits
     .balign 4096

@@ -29,6 +29,9 @@ pub struct Facts {
     pub cpus: usize,
     /// Entropy that the host can't know.
     pub seed: Option<[u8; 32]>,
+    /// Bytes from the host's device tree on that the board's loader writes at each
+    /// reset, all of them; 0 if it does not tell.
+    pub images: u64,
 }
 
 /// Whether a VM may have the page at `pa`: the GICv2 virtual CPU interface, 8 KiB.

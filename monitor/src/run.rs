@@ -310,7 +310,7 @@ pub fn guest_exit(cause: Cause) {
             }
         };
         match exit {
-            Some(exit) => leave(local, &mut current, &exit),
+            Some(exit) => leave(local, &mut current, exit),
             None => local.current = Some(current),
         }
     });
@@ -384,10 +384,10 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
 }
 
 /// Back to the host, which gets `exit` and nothing else of the guest.
-fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
+fn leave(local: &mut Local, current: &mut Current, mut exit: Exit) {
     let (used, fp, debug) = (current.used_lrs, current.fp_loaded, current.debug_loaded);
     let context = current.context();
-    let vgic = vgic::save(&host::world().gic, &mut context.vgic, used);
+    vgic::save(&host::world().gic, &mut context.vgic, &mut exit, used);
     context.el1.save();
     cptr_el3::write(host::CPTR_EL3);
     if fp {
@@ -401,10 +401,10 @@ fn leave(local: &mut Local, current: &mut Current, exit: &Exit) {
     }
     host::enter_again(&local.host);
     local.current = None;
-    for (i, word) in havmsi_abi::exit_words(exit, &vgic).into_iter().enumerate() {
+    for (i, word) in havmsi_abi::exit_words(&exit).into_iter().enumerate() {
         phys::write(current.run.run_page.offset((EXIT_OFFSET + 8 * i) as u64), word);
     }
-    let undelivered = policy::pending_sgis(&vgic.lr, current.used_lrs);
+    let undelivered = policy::pending_sgis(&exit.lr, used);
     current.vm.lock().leave(current.idx, undelivered);
     let cpu = this_cpu();
     cpu.resume_host_next();

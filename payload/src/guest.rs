@@ -6,7 +6,7 @@
 //! RAM: each is an exit with the value. Its exceptions are told the same way by
 //! [`VECTORS`], which skips the instruction.
 
-use havmsi_abi::{EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, Function, MAX_LRS, VgicExit};
+use havmsi_abi::{EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, Function, MAX_LRS};
 
 use crate::gic;
 use crate::harness::Failure;
@@ -236,6 +236,15 @@ impl Vm {
         smc::until_done(Function::VmDestroy, &[self.handle], 100_000)?;
         Ok(())
     }
+}
+
+/// The virtual CPU interface after a run.
+#[derive(Clone, Copy, Default)]
+pub struct VgicExit {
+    /// Priority mask and group enables.
+    pub vmcr: u64,
+    /// The list registers.
+    pub lr: [u64; MAX_LRS],
 }
 
 /// A vCPU, its run page, and what the next run takes in.

@@ -9,7 +9,7 @@ use linkme::distributed_slice;
 
 use crate::cpu::{self, MAX_CPUS};
 use crate::memory::{self, ARGUMENTS};
-use crate::{exception, fuzz, gic, println, smc};
+use crate::{exception, failure, fuzz, gic, println, smc};
 
 /// Longest text of a failure.
 const TEXT: usize = 240;
@@ -190,6 +190,11 @@ pub extern "C" fn main() -> ! {
     gic::init();
     if let Some(options) = fuzz::options(words) {
         fuzz::main(&options);
+    }
+    match words {
+        "--life" => failure::life(),
+        "--panic" => failure::panic(),
+        _ => {}
     }
     for test in TESTS {
         let name = test.name.trim_start_matches("havmsi_payload::tests::");

@@ -13,6 +13,8 @@ mod cpu;
 #[cfg(target_os = "none")]
 mod exception;
 #[cfg(target_os = "none")]
+mod failure;
+#[cfg(target_os = "none")]
 mod fuzz;
 #[cfg(target_os = "none")]
 mod gic;

@@ -183,6 +183,7 @@ pub fn run(ctx: &Ctx, args: &Args, limit: Option<Duration>) -> Result<Report> {
         root: None,
         append: String::new(),
         monitor: Some(build::test_monitor(ctx)?.image),
+        behind: vec![],
         extra,
     };
     let mut report = Report {

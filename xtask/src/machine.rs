@@ -64,6 +64,8 @@ pub struct Config {
     pub append: String,
     /// The monitor's image (`Kind::Havmsi`).
     pub monitor: Option<PathBuf>,
+    /// What lies behind the kernel, from a page's start on, as if it were part of it.
+    pub behind: Vec<u8>,
     /// More arguments for QEMU.
     pub extra: Vec<String>,
 }
@@ -115,8 +117,29 @@ impl Config {
                         .arg("-device")
                         .arg(format!("loader,file={},addr={address:#x},force-raw=on", comma(file)));
                 };
-                load(&dtb, layout::host_dtb(RAM_BASE, ram));
-                load(&self.kernel, layout::host_kernel(RAM_BASE, ram));
+                // The loader writes all of the range that the monitor keeps after a reset,
+                // gaps too, or a VM's data could be left in one.
+                let (dtb_at, kernel_at) =
+                    (layout::host_dtb(RAM_BASE, ram), layout::host_kernel(RAM_BASE, ram));
+                let dtb_end = dtb_at + fs::metadata(&dtb)?.len();
+                let kernel_end = kernel_at + fs::metadata(&self.kernel)?.len();
+                let gap = kernel_end.next_multiple_of(4096) - kernel_end;
+                let mut rest = vec![0; usize::try_from(gap)?];
+                rest.extend(&self.behind);
+                let images_end = (kernel_end + rest.len() as u64).next_multiple_of(4096);
+                rest.resize(usize::try_from(images_end - kernel_end)?, 0);
+                load(&dtb, dtb_at);
+                load(&self.kernel, kernel_at);
+                for (name, bytes, at) in [
+                    ("dtb.pad", vec![0; usize::try_from(kernel_at - dtb_end)?], dtb_end),
+                    ("kernel.pad", rest, kernel_end),
+                ] {
+                    if !bytes.is_empty() {
+                        let file = dir.join(name);
+                        fs::write(&file, bytes)?;
+                        load(&file, at);
+                    }
+                }
                 let seed = dir.join("seed.bin");
                 let mut bytes = [0; 64];
                 std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
@@ -124,6 +147,8 @@ impl Config {
                 command
                     .arg("-fw_cfg")
                     .arg(format!("name=opt/org.havmsi/ram-mib,string={}", self.mem_mib))
+                    .arg("-fw_cfg")
+                    .arg(format!("name=opt/org.havmsi/images,string={}", images_end - dtb_at))
                     .arg("-fw_cfg")
                     .arg(format!("name=opt/org.havmsi/seed,file={}", comma(&seed)));
             }

@@ -10,6 +10,7 @@ mod cpio;
 mod debs;
 mod digest;
 mod dtb;
+mod failure;
 mod fuzz;
 mod fuzz_host;
 mod fuzz_target;

@@ -14,7 +14,9 @@ use crate::machine::{Config, EDU, Event, Kind, Machine};
 use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
-use crate::{Ctx, attack, build, digest, fuzz, fuzz_host, fuzz_target, image, kernel, sh, tcb};
+use crate::{
+    Ctx, attack, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, sh, tcb,
+};
 
 /// One row.
 pub struct Row {
@@ -54,6 +56,10 @@ pub enum Work {
     ThreatsDoc,
     /// The pure crate against its model, for so many seconds.
     FuzzHost(u64),
+    /// A reset leaves nothing of a VM.
+    Reset,
+    /// The monitor's panic stops all CPUs.
+    Panic,
     /// Size of the TCB.
     Tcb,
     /// Size of the kernel series.
@@ -155,6 +161,8 @@ pub fn table() -> Vec<Row> {
     for (gic, cpu) in [(3, a57), (2, n1)] {
         add(format!("fuzz/gic{gic}/{}", cpu.name()), 180, Work::Fuzz(gic, cpu, FUZZ_CALLS));
     }
+    add("failure/reset".into(), 120, Work::Reset);
+    add("failure/panic".into(), 60, Work::Panic);
     add("linux/no-monitor/el2".into(), 90, Work::Mismatch(Kind::Control, true));
     add("linux/no-monitor/el1".into(), 90, Work::Mismatch(Kind::Bare, false));
     add("linux/monitor-not-wanted".into(), 90, Work::Mismatch(Kind::Havmsi, false));
@@ -199,7 +207,7 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
     if any(|w| matches!(w, Work::Fuzz(..))) {
         fuzz_target::prepare(ctx)?;
     }
-    let payload = any(|w| matches!(w, Work::Payload(..)));
+    let payload = any(|w| matches!(w, Work::Payload(..) | Work::Reset | Work::Panic));
     let linux = any(|w| {
         matches!(
             w,
@@ -305,6 +313,8 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
             }
             Ok(Ended::ok(report.summary()))
         }
+        Work::Reset => Ok(Ended::ok(failure::reset(ctx, row.limit)?)),
+        Work::Panic => Ok(Ended::ok(failure::panic(ctx, row.limit)?)),
         Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
         Work::Tcb => {
             let lines = tcb::count(ctx)?.own_lines;
@@ -352,6 +362,7 @@ pub fn payload_config(image: PathBuf, monitor: &build::Monitor, gic: u32, cpu: C
         root: None,
         append: String::new(),
         monitor: Some(monitor.image.clone()),
+        behind: vec![],
         // A second DMA engine, on a bus that has no streams.
         extra: ["-device", "pcie-root-port,id=far", "-device", &format!("{EDU},bus=far")]
             .map(str::to_owned)

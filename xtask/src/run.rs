@@ -137,6 +137,7 @@ impl Args {
             root: Some(images.host.clone()),
             append,
             monitor: monitor.map(|m| m.image.clone()),
+            behind: vec![],
             extra: vec![],
         }
     }

@@ -15,7 +15,7 @@ pub mod layout;
 mod run_page;
 
 pub use run_page::{
-    ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, MAX_LRS, VgicExit, WORDS_ENTRY,
+    ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, MAX_LRS, WORDS_ENTRY,
     WORDS_EXIT, exit_words,
 };
 

@@ -108,13 +108,7 @@ pub struct Exit {
     pub data: u64,
     /// 1 if the guest was at EL1, 0 at EL0.
     pub mode: u64,
-}
-
-/// The virtual CPU interface after a run: what tells the host which interrupts
-/// are pending or active still, and which the guest would take.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct VgicExit {
-    /// `ICH_VMCR_EL2` or `GICH_VMCR`.
+    /// `ICH_VMCR_EL2` or `GICH_VMCR`: which interrupts the guest would take.
     pub vmcr: u64,
     /// The list registers that were in use: state and virtual INTID. The rest
     /// is as it was, or 0.
@@ -123,14 +117,13 @@ pub struct VgicExit {
 
 /// The words of the exit half, in order.
 #[must_use]
-pub fn exit_words(exit: &Exit, vgic: &VgicExit) -> [u64; WORDS_EXIT] {
+pub fn exit_words(exit: &Exit) -> [u64; WORDS_EXIT] {
     let mut words = [0; WORDS_EXIT];
     let values = [exit.class as u64, exit.esr, exit.ipa]
         .into_iter()
         .chain(exit.gpr)
-        .chain([exit.data, exit.mode])
-        .chain([vgic.vmcr])
-        .chain(vgic.lr);
+        .chain([exit.data, exit.mode, exit.vmcr])
+        .chain(exit.lr);
     for (word, value) in words.iter_mut().zip(values) {
         *word = value;
     }
@@ -156,10 +149,9 @@ mod tests {
 
     #[test]
     fn exit_words_follow_the_documented_offsets() {
-        let exit =
-            Exit { class: ExitClass::Wfx, esr: 1, ipa: 2, gpr: [3, 4, 5, 6], data: 7, mode: 8 };
-        let vgic = VgicExit { vmcr: 9, lr: [10; MAX_LRS] };
-        let words = exit_words(&exit, &vgic);
+        let (class, gpr, lr) = (ExitClass::Wfx, [3, 4, 5, 6], [10; MAX_LRS]);
+        let exit = Exit { class, esr: 1, ipa: 2, gpr, data: 7, mode: 8, vmcr: 9, lr };
+        let words = exit_words(&exit);
         assert_eq!(words[0], 6);
         for (i, word) in words.iter().enumerate().take(10).skip(1) {
             assert_eq!(*word, i as u64);

@@ -118,6 +118,8 @@ checks! {
     GuestCalls,
     /// the host's map has fw_cfg and the redistributors' first pages
     HostDevices,
+    /// RAM keeps what VMs left before a reset
+    Wipe,
     /// a CPU that is turned on has no stage-2
     HostStage2,
     /// the call TIMER_LOAD of VM u64::MAX panics

@@ -124,18 +124,12 @@ impl Gic {
     /// 2 or 3.
     #[must_use]
     pub const fn version(&self) -> u64 {
-        match self.kind {
-            Kind::V2 { .. } => 2,
-            Kind::V3 { .. } => 3,
-        }
+        if self.gich().is_some() { 2 } else { 3 }
     }
 
     /// GICv2's virtual interface control registers.
     pub(crate) const fn gich(&self) -> Option<Registers> {
-        match self.kind {
-            Kind::V2 { gich, .. } => Some(gich),
-            Kind::V3 { .. } => None,
-        }
+        if let Kind::V2 { gich, .. } = self.kind { Some(gich) } else { None }
     }
 
     /// Sets the distributor up. Once, by the first CPU.
@@ -158,11 +152,10 @@ impl Gic {
             }
         }
         d.write32(GICD_CTLR, if v3 { CTLR_ARE | CTLR_GRP0 } else { CTLR_GRP0 });
-        if v3 {
-            self.wait_distributor();
-        }
+        self.wait_distributor();
     }
 
+    /// RWP is GICv3's; a GICv2 reads it as 0.
     fn wait_distributor(&self) {
         while self.distributor.read32(GICD_CTLR) & CTLR_RWP != 0 {}
     }

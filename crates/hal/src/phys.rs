@@ -66,10 +66,10 @@ pub fn flush_page(pa: Pa) {
 /// Before: lines that the old owner left dirty are overwritten in the cache.
 /// After: nothing of ours stays there, so the new owner may map it uncached.
 pub fn zero_page(pa: Pa) {
-    address(pa, PAGE as u64);
-    for at in (0..PAGE as u64).step_by(8) {
-        write(pa.offset(at), 0);
-    }
+    let at = with_exposed_provenance_mut::<[AtomicU64; PAGE / 8]>(address(pa, PAGE as u64));
+    // SAFETY: `address` checked that the aligned page is RAM; see `word`.
+    let words = unsafe { &*at };
+    words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
     flush_page(pa);
 }
 

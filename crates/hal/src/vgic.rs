@@ -5,7 +5,7 @@
 use core::arch::asm;
 use core::iter::repeat;
 
-use havmsi_abi::{MAX_LRS, VgicExit};
+use havmsi_abi::{Exit, MAX_LRS};
 use havmsi_core::addr::low32;
 
 use crate::gic::Gic;
@@ -15,14 +15,13 @@ use crate::sysreg::{ich_hcr_el2, ich_vmcr_el2, ich_vtr_el2};
 #[derive(Clone, Copy, Debug)]
 pub struct VgicState {
     vmcr: u64,
-    /// GICv2 has but one, `GICH_APR`.
-    ap0r: [u64; 4],
-    ap1r: [u64; 4],
+    /// Active priorities: four of group 0, four of group 1. GICv2 has but one.
+    apr: [u64; 8],
 }
 
 impl VgicState {
     /// What a CPU comes up with.
-    pub const RESET: Self = Self { vmcr: 0, ap0r: [0; 4], ap1r: [0; 4] };
+    pub const RESET: Self = Self { vmcr: 0, apr: [0; 8] };
 }
 
 macro_rules! numbered {
@@ -61,11 +60,9 @@ numbered! { read_lr, write_lr;
     8 = "s3_4_c12_c13_0" 9 = "s3_4_c12_c13_1" 10 = "s3_4_c12_c13_2" 11 = "s3_4_c12_c13_3"
     12 = "s3_4_c12_c13_4" 13 = "s3_4_c12_c13_5" 14 = "s3_4_c12_c13_6" 15 = "s3_4_c12_c13_7"
 }
-numbered! { read_ap0r, write_ap0r;
+numbered! { read_apr, write_apr;
     0 = "s3_4_c12_c8_0" 1 = "s3_4_c12_c8_1" 2 = "s3_4_c12_c8_2" 3 = "s3_4_c12_c8_3"
-}
-numbered! { read_ap1r, write_ap1r;
-    0 = "s3_4_c12_c9_0" 1 = "s3_4_c12_c9_1" 2 = "s3_4_c12_c9_2" 3 = "s3_4_c12_c9_3"
+    4 = "s3_4_c12_c9_0" 5 = "s3_4_c12_c9_1" 6 = "s3_4_c12_c9_2" 7 = "s3_4_c12_c9_3"
 }
 
 /// GICv2 (IHI 0048B, 5.3).
@@ -99,10 +96,11 @@ pub fn list_registers(gic: &Gic) -> usize {
     usize::from(vtr(gic).to_le_bytes()[0] & 0x3f) + 1
 }
 
-/// Active priority registers of each group: 2^(PREbits - 4) for PREbits of 5 to 7.
-fn active_priority_registers() -> usize {
+/// The active priority registers that there are: of each group 2^(PREbits - 5)
+/// for PREbits of 5 to 7.
+fn active_priority_registers() -> impl Iterator<Item = usize> {
     let prebits = (ich_vtr_el2::read() >> 26 & 7) + 1;
-    1 << prebits.saturating_sub(5).min(2)
+    (0..8).filter(move |n| n % 4 < 1 << prebits.saturating_sub(5).min(2))
 }
 
 /// `ICH_HCR_EL2`: the registers that both groups share (TC), those of group 0
@@ -124,38 +122,31 @@ pub fn load(gic: &Gic, state: &VgicState, hcr: u64, lr: &[u64; MAX_LRS], used: u
     let lrs = all.take(list_registers(gic)).enumerate();
     if let Some(gich) = gic.gich() {
         gich.write32(GICH_VMCR, low32(state.vmcr));
-        gich.write32(GICH_APR, low32(state.ap0r[0]));
+        gich.write32(GICH_APR, low32(state.apr[0]));
         lrs.for_each(|(n, lr)| gich.write32(GICH_LR + 4 * n, to_gich(lr)));
         gich.write32(GICH_HCR, low32(hcr));
         return;
     }
     ich_vmcr_el2::write(state.vmcr);
-    for n in 0..active_priority_registers() {
-        write_ap0r(n, state.ap0r[n]);
-        write_ap1r(n, state.ap1r[n]);
-    }
+    active_priority_registers().for_each(|n| write_apr(n, state.apr[n]));
     lrs.for_each(|(n, lr)| write_lr(n, lr));
     ich_hcr_el2::write(hcr);
 }
 
-/// Turns the interface off after a run, and takes it out if the guest has one.
-pub fn save(gic: &Gic, state: &mut VgicState, used: usize) -> VgicExit {
-    let mut exit = VgicExit::default();
+/// Turns the interface off after a run and takes it out, into `exit` what the
+/// host gets.
+pub fn save(gic: &Gic, state: &mut VgicState, exit: &mut Exit, used: usize) {
     let lrs = exit.lr.iter_mut().enumerate().take(used);
     if let Some(gich) = gic.gich() {
         gich.write32(GICH_HCR, 0);
         state.vmcr = gich.read32(GICH_VMCR).into();
-        state.ap0r[0] = gich.read32(GICH_APR).into();
+        state.apr[0] = gich.read32(GICH_APR).into();
         lrs.for_each(|(n, lr)| *lr = from_gich(gich.read32(GICH_LR + 4 * n)));
     } else {
         ich_hcr_el2::write(0);
         state.vmcr = ich_vmcr_el2::read();
-        for n in 0..active_priority_registers() {
-            state.ap0r[n] = read_ap0r(n);
-            state.ap1r[n] = read_ap1r(n);
-        }
+        active_priority_registers().for_each(|n| state.apr[n] = read_apr(n));
         lrs.for_each(|(n, lr)| *lr = read_lr(n));
     }
     exit.vmcr = state.vmcr;
-    exit
 }

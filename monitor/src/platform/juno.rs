@@ -99,6 +99,7 @@ pub fn facts() -> Facts {
         ]),
         cpus: MAX_CPUS,
         seed,
+        images: 0,
     }
 }
 

@@ -42,10 +42,11 @@ const SECURE_UART: usize = 0x0904_0000;
 const SECURE_GPIO: usize = 0x090b_0000;
 const PIN_POWER_OFF: u32 = 0;
 const PIN_RESET: u32 = 1;
-/// Files of fw_cfg: entropy, and RAM in MiB (the `virt` machine tells its size
-/// nowhere but in the device tree).
+/// Files of fw_cfg: entropy; RAM in MiB (the `virt` machine tells its size
+/// nowhere but in the device tree); bytes that QEMU loads.
 const SEED_FILE: &str = "opt/org.havmsi/seed";
 const RAM_FILE: &str = "opt/org.havmsi/ram-mib";
+const IMAGES_FILE: &str = "opt/org.havmsi/images";
 
 /// QEMU's UARTs have no line.
 pub const UART_DIVISOR: Option<u32> = None;
@@ -94,6 +95,7 @@ pub fn facts() -> Facts {
         ram: Ram::new([Range { base: RAM_BASE, size: mib << 20 }, Range::default()]),
         cpus: usize::from(config.cpu_count()).min(MAX_CPUS),
         seed: seeded.then_some(seed),
+        images: config.read_number(IMAGES_FILE).unwrap_or(0),
     }
 }
 
