@@ -61,6 +61,8 @@ fn flat(ctx: &Ctx, elf: &Path, to: &Path) -> Result<()> {
 pub struct Monitor {
     /// What `-bios` takes.
     pub image: PathBuf,
+    /// The same with its symbols.
+    pub elf: PathBuf,
 }
 
 /// What is in the image of each test monitor, and in no other.
@@ -122,7 +124,25 @@ fn monitor_image(ctx: &Ctx, dir: &Path) -> Result<Monitor> {
             "the monitor's image has {size} bytes: it must be between 1 and {FLASH} (linker script?)"
         );
     }
-    Ok(Monitor { image })
+    Ok(Monitor { image, elf })
+}
+
+/// The guest that carries out the operations that are measured: flat, and with its symbols.
+pub fn bench_guest(ctx: &Ctx) -> Result<(PathBuf, PathBuf)> {
+    let dir = release(ctx, TARGETS[0], &["havmsi-bench-guest"])?;
+    let (elf, image) = (dir.join("havmsi-bench-guest"), dir.join("havmsi-bench-guest.bin"));
+    flat(ctx, &elf, &image)?;
+    Ok((image, elf))
+}
+
+/// QEMU's plugin, which runs on the build machine.
+pub fn plugin(ctx: &Ctx) -> Result<PathBuf> {
+    let step = ui::Step::short("cargo build havmsi-plugin");
+    let mut command = cargo(ctx);
+    command.args(["build", "--release", "-p", "havmsi-plugin"]);
+    sh::run(&mut command, &ctx.log("cargo.log"))?;
+    step.done();
+    Ok(ctx.target_dir().join("release/libhavmsi_plugin.so"))
 }
 
 /// Builds the arm64 user programs; returns their folder.

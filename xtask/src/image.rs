@@ -76,6 +76,7 @@ pub fn host(ctx: &Ctx, kernel: &Kernel, guest: &Path) -> Result<PathBuf> {
     let mut files = vec![
         ("init", programs.join("havmsi-agent")),
         ("havmsi/vmm", programs.join("havmsi-vmm")),
+        ("havmsi/bench.bin", build::bench_guest(ctx)?.0),
         ("havmsi/Image", kernel.image()),
         ("havmsi/guest.cpio.gz", guest.to_path_buf()),
     ];

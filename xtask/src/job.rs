@@ -62,6 +62,8 @@ pub struct Verdict {
 pub struct Outcome {
     /// Events of the agent, as they came.
     pub events: Vec<Value>,
+    /// Events of the small VMM.
+    pub vmm: Vec<Value>,
     /// Checks, in order.
     pub checks: Vec<Check>,
     /// Verdicts by guest.
@@ -177,16 +179,23 @@ pub fn run(
                     if let Some(file) = guests.get_mut(name) {
                         writeln!(file, "{text}")?;
                     }
-                } else if let Some(json) = line.strip_prefix("@havmsi ") {
+                } else if let Some((who, json)) = line
+                    .strip_prefix('@')
+                    .and_then(|l| l.split_once(' '))
+                    .filter(|(who, _)| ["havmsi", "vmm"].contains(who))
+                {
                     match serde_json::from_str::<Value>(json) {
                         Ok(event) => {
-                            take(&event, &mut outcome, &mut waiting);
                             watch(&event);
-                            outcome.events.push(event);
+                            if who == "vmm" {
+                                outcome.vmm.push(event);
+                            } else {
+                                take(&event, &mut outcome, &mut waiting);
+                                outcome.events.push(event);
+                            }
                         }
                         Err(e) => {
-                            return Err(machine
-                                .report(&format!("a broken line from the agent ({e}): {line}")));
+                            return Err(machine.report(&format!("a broken line ({e}): {line}")));
                         }
                     }
                 } else if line.contains("Kernel panic") {

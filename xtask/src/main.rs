@@ -3,6 +3,7 @@
 
 mod apt;
 mod attack;
+mod bench;
 mod build;
 mod cache;
 mod cli_rows;
@@ -75,6 +76,10 @@ enum Verb {
     Run(run::Args),
     /// Try every threat of the threat model, on a control and under HA-VMSI
     Attack(attack::Args),
+    /// Count what operations of a VM cost, on plain KVM and under HA-VMSI
+    Bench(bench::Args),
+    /// Show where the instructions of an operation are executed
+    Profile(bench::profile::Args),
     /// Run all tests; the last line is `N passed, N failed`
     Test(test::Args),
     /// Look for what breaks, with random operations: calls of the real monitor, with an audit
@@ -111,6 +116,8 @@ impl Verb {
             Self::Image => "image",
             Self::Run(_) => "run",
             Self::Attack(_) => "attack",
+            Self::Bench(_) => "bench",
+            Self::Profile(_) => "profile",
             Self::Test(_) => "test",
             Self::Fuzz(_) => "fuzz",
             Self::Mutants(_) => "mutants",
@@ -230,6 +237,8 @@ fn real_main() -> Result<()> {
         Verb::Image => image::main(&ctx),
         Verb::Run(args) => run::main(&ctx, &args),
         Verb::Attack(args) => attack::main(&ctx, &args),
+        Verb::Bench(args) => bench::main(&ctx, &args),
+        Verb::Profile(args) => bench::profile::main(&ctx, &args),
         Verb::Test(args) => test::main(&ctx, &args),
         Verb::Fuzz(args) => fuzz::main(&ctx, &args),
         Verb::Mutants(args) => mutants::main(&ctx, &args),

@@ -116,7 +116,7 @@ pub fn table() -> Vec<Row> {
             TARGETS[0],
             &["havmsi-monitor", "havmsi-hal", "havmsi-core", "havmsi-abi"][..],
         ),
-        ("style/clippy-payload", TARGETS[0], &["havmsi-payload"]),
+        ("style/clippy-payload", TARGETS[0], &["havmsi-payload", "havmsi-bench-guest"]),
         ("style/clippy-arm64", TARGETS[1], &["havmsi-agent", "havmsi-guest", "havmsi-vmm"]),
     ] {
         let mut words = vec!["clippy", "--release", "--target", target];

@@ -17,11 +17,12 @@ pub struct Params {
     pub rounds: u64,
     pub machine: String,
     pub thp: String,
+    pub operations: String,
 }
 
-const JOBS: [&str; 11] = [
+const JOBS: [&str; 12] = [
     "run", "attack", "smp4", "reboot", "rounds", "hotplug", "io", "memlock", "nokvm", "boot",
-    "shell",
+    "shell", "bench",
 ];
 
 impl Params {
@@ -45,6 +46,7 @@ impl Params {
             rounds: number(line, "rounds", 20, 1, 10_000)?,
             machine: word("machine", ""),
             thp: word("thp", "never"),
+            operations: word("operations", ""),
         };
         if params.mib + 48 > params.gmem {
             return Err(format!(

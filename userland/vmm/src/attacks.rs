@@ -3,8 +3,9 @@
 
 use crate::memory::Memory;
 use crate::obey::{self, order};
-use crate::vm::{DATA, DISTRIBUTOR, REDISTRIBUTOR, Reg, Reply, SLOT, Stop, Vm};
+use crate::vm::{DATA, Reg, Reply, SLOT, Stop, Vm};
 use crate::{Finding, tiny};
+use havmsi_operations::{DISTRIBUTOR, REDISTRIBUTOR};
 use kvm_bindings::{
     KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
     KVM_MP_STATE_RUNNABLE, kvm_arm_counter_offset, kvm_device_attr, kvm_guest_debug, kvm_mp_state,

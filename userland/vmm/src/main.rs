@@ -5,8 +5,13 @@
 //! `havmsi-vmm ID` carries out one attack and prints a line
 //! `@vmm {"event":"check","id":...,"result":"exposed"|"protected"|"error","evidence":...}`;
 //! `havmsi-vmm alive` only runs a guest: exit status 0 if all is well with it.
+//!
+//! `havmsi-vmm bench GIC [NAME...]` measures operations instead, and prints a line
+//! `@vmm {"event":"bench","operation":...,"ticks":[...]}` for each.
 
 mod attacks;
+mod bench;
+mod gic;
 mod memory;
 mod obey;
 mod tiny;
@@ -119,6 +124,16 @@ fn regs_write() -> Result<Finding, String> {
     Ok(Finding { exposed: mask != 0 || pwned || changed.iter().any(|m| *m != 0), evidence })
 }
 
+fn ended(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("havmsi-vmm: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let id = std::env::args().nth(1).unwrap_or_default();
     let attack = attacks::ATTACKS.iter().find(|(name, _)| *name == id);
@@ -126,18 +141,11 @@ fn main() -> ExitCode {
         ("regs-read", _) => regs_read(),
         ("regs-write", _) => regs_write(),
         (_, Some((_, attack))) => attack(),
-        ("alive", _) => {
-            return match attacks::alive() {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(e) => {
-                    eprintln!("havmsi-vmm: {e}");
-                    ExitCode::FAILURE
-                }
-            };
-        }
+        ("alive", _) => return ended(attacks::alive()),
+        ("bench", _) => return ended(bench::main(&std::env::args().skip(2).collect::<Vec<_>>())),
         _ => {
             let names: Vec<&str> = attacks::ATTACKS.iter().map(|a| a.0).collect();
-            eprintln!("usage: havmsi-vmm alive|regs-read|regs-write|{}", names.join("|"));
+            eprintln!("usage: havmsi-vmm alive|bench|regs-read|regs-write|{}", names.join("|"));
             return ExitCode::from(2);
         }
     };

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A VM with a guest of ours in it: code in one memory slot, data in another.
 
+use crate::gic;
 use crate::memory::Memory;
 use crate::obey::{self, order};
 use crate::tiny;
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_DEV_ARM_VGIC_CTRL_INIT,
-    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_VGIC_V3_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_regs, kvm_userspace_memory_region, kvm_vcpu_init,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, kvm_regs, kvm_userspace_memory_region,
+    kvm_vcpu_init,
 };
 use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
 use std::mem::offset_of;
@@ -18,10 +17,6 @@ use std::rc::Rc;
 pub const SLOT: u64 = 1 << 20;
 /// Where the data slot begins.
 pub const DATA: u64 = tiny::RAM + SLOT;
-/// The GIC's distributor in the VM.
-pub const DISTRIBUTOR: u64 = 0x0800_0000;
-/// Its first redistributor.
-pub const REDISTRIBUTOR: u64 = 0x080a_0000;
 const CORE: u64 = 0x6030_0000_0010_0000;
 const CORE_128: u64 = 0x6040_0000_0010_0000;
 const SYSTEM: u64 = 0x6030_0000_0013_0000;
@@ -44,7 +39,8 @@ pub enum Reg {
 }
 
 impl Reg {
-    fn id(self) -> u64 {
+    /// Its number in the user API.
+    pub fn id(self) -> u64 {
         let core = |offset: usize| (offset / 4) as u64;
         match self {
             Self::X(i) => CORE | core(offset_of!(kvm_regs, regs.regs) + 8 * usize::from(i)),
@@ -140,7 +136,8 @@ fn interrupt_in(ms: i32) -> Result<(), String> {
     }
 }
 
-fn text(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> String {
+/// An error with the name of what failed.
+pub fn text(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> String {
     move |e| format!("{what}: {e}")
 }
 
@@ -195,22 +192,7 @@ impl Vm {
 
     /// Gives the VM a GICv3; before the first run, after its vCPUs.
     pub fn gic(&self) -> Result<DeviceFd, String> {
-        let mut device =
-            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, fd: 0, flags: 0 };
-        let gic = self.vm.create_device(&mut device).map_err(text("GICv3"))?;
-        let set = |group, attr: u32, value: u64| {
-            let attr = kvm_device_attr {
-                group,
-                attr: attr.into(),
-                addr: (&raw const value).expose_provenance() as u64,
-                flags: 0,
-            };
-            gic.set_device_attr(&attr).map_err(text("GICv3's attributes"))
-        };
-        set(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_V3_ADDR_TYPE_DIST, DISTRIBUTOR)?;
-        set(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_V3_ADDR_TYPE_REDIST, REDISTRIBUTOR)?;
-        set(KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, 0)?;
-        Ok(gic)
+        gic::create(&self.vm, 3)
     }
 
     /// The descriptor of a vCPU.

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What operations cost: a VM for each, with the bare-metal guest of `bench/guest` in it, which
+//! measures; its start and its end are measured here. QEMU's plugin (`bench/plugin`) counts between
+//! the marks that are executed.
+
+use crate::gic;
+use crate::vm::{Reg, text};
+use havmsi_operations::{BLOCK, Kind, OPERATIONS, Operation, RAM, RAM_SIZE, find, mark, port};
+use havmsi_proto::VMM_PREFIX;
+use havmsi_proto::json::Object;
+use kvm_bindings::{
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, kvm_userspace_memory_region, kvm_vcpu_init,
+};
+use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
+use std::io::Error;
+
+/// Where the guest's image is on the host.
+const IMAGE: &str = "/havmsi/bench.bin";
+
+/// A mark for QEMU's plugin.
+#[inline(always)]
+fn mark<const MARK: u16>() {
+    // SAFETY: does nothing; no memory access may move across it.
+    unsafe { std::arch::asm!("movz xzr, #{}", const MARK, options(nostack, preserves_flags)) };
+}
+
+/// The guest's memory, which is at the start of a block.
+struct Ram {
+    mapping: *mut libc::c_void,
+    size: usize,
+    start: *mut u8,
+}
+
+impl Ram {
+    fn new(size: u64, huge: bool) -> Result<Self, String> {
+        let failed = |what| move || format!("{what}: {}", Error::last_os_error());
+        let number = |n: u64| usize::try_from(n).map_err(|e| e.to_string());
+        let (all, block) = (number(size + BLOCK)?, number(BLOCK)?);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
+        let mapping = unsafe { libc::mmap(std::ptr::null_mut(), all, prot, flags, -1, 0) };
+        if mapping == libc::MAP_FAILED {
+            return Err(failed("mmap")());
+        }
+        let start = mapping.cast::<u8>();
+        let start = start.wrapping_add(start.align_offset(block));
+        let this = Self { mapping, size: all, start };
+        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        // SAFETY: memory of ours that nothing lies in yet.
+        if unsafe { libc::madvise(mapping, all, advice) } != 0 {
+            return Err(failed("madvise: no transparent huge pages?")());
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for Ram {
+    fn drop(&mut self) {
+        // SAFETY: there are no references to it, and its VM is gone.
+        unsafe { libc::munmap(self.mapping, self.size) };
+    }
+}
+
+/// A VM. Fields are dropped in this order: memory at last.
+struct Machine {
+    vcpus: Vec<VcpuFd>,
+    _gic: DeviceFd,
+    _vm: VmFd,
+    _ram: Ram,
+}
+
+impl Machine {
+    fn new(kvm: &Kvm, image: &[u8], index: usize, gic: u64) -> Result<Self, String> {
+        let operation = &OPERATIONS[index];
+        let vm = kvm.create_vm().map_err(text("KVM_CREATE_VM"))?;
+        let ram = Ram::new(RAM_SIZE, operation.kind == Kind::Touch(BLOCK))?;
+        // SAFETY: the mapping is larger than that, and there are no references to it.
+        unsafe { std::ptr::copy_nonoverlapping(image.as_ptr(), ram.start, image.len()) };
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: RAM,
+            memory_size: RAM_SIZE,
+            userspace_addr: ram.start.expose_provenance() as u64,
+        };
+        // SAFETY: a mapping that outlives the VM, and is never reached through a reference.
+        unsafe { vm.set_user_memory_region(region) }.map_err(text("KVM_SET_USER_MEMORY_REGION"))?;
+        let mut init = kvm_vcpu_init::default();
+        vm.get_preferred_target(&mut init).map_err(text("preferred target"))?;
+        init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+        let mut vcpus = Vec::new();
+        for i in 0..operation.kind.vcpus() {
+            let vcpu = vm.create_vcpu(i).map_err(text("KVM_CREATE_VCPU"))?;
+            vcpu.vcpu_init(&init).map_err(text("KVM_ARM_VCPU_INIT"))?;
+            init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
+            vcpus.push(vcpu);
+        }
+        let device = gic::create(&vm, gic)?;
+        for (reg, value) in [(Reg::Pc, RAM), (Reg::X(0), index as u64), (Reg::X(1), gic)] {
+            let set = vcpus[0].set_one_reg(reg.id(), &value.to_le_bytes());
+            set.map_err(text("KVM_SET_ONE_REG"))?;
+        }
+        Ok(Self { vcpus, _gic: device, _vm: vm, _ram: ram })
+    }
+}
+
+/// This thread stays on one CPU.
+fn pin(cpu: usize) -> Result<(), String> {
+    // SAFETY: all zero is an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: a number below 1024.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: a valid set; 0 is this thread.
+    let r = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
+    if r == 0 { Ok(()) } else { Err(format!("CPU {cpu}: {}", Error::last_os_error())) }
+}
+
+/// Runs a vCPU until it says that it is done; the ticks that it tells.
+fn run(vcpu: &mut VcpuFd) -> Result<Vec<u64>, String> {
+    let mut ticks = Vec::new();
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::MmioRead(port::ANSWER, data)) => data.fill(0x5a),
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                let mut word = [0; 8];
+                word[..data.len()].copy_from_slice(data);
+                let value = u64::from_le_bytes(word);
+                match address {
+                    port::TICKS => ticks.push(value),
+                    port::DONE | port::OTHER_DONE => return Ok(ticks),
+                    port::WRONG => return Err(format!("the guest got {value:#x}")),
+                    port::FAULT => return Err(format!("an exception in the guest: {value:#x}")),
+                    _ => return Err(format!("a store of {value:#x} to {address:#x}")),
+                }
+            }
+            Ok(other) => return Err(format!("KVM_RUN ends with {other:?}")),
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {}
+            Err(e) => return Err(format!("KVM_RUN: {e}")),
+        }
+    }
+}
+
+fn run_all(machine: &mut Machine) -> Result<Vec<u64>, String> {
+    let (first, others) = machine.vcpus.split_at_mut(1);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = others
+            .iter_mut()
+            .zip(1..)
+            .map(|(vcpu, cpu)| scope.spawn(move || pin(cpu).and_then(|()| run(vcpu))))
+            .collect();
+        let ticks = run(&mut first[0]);
+        // The guest's end doesn't come if its first vCPU failed: leave the others where they are.
+        let ticks = ticks.inspect_err(|e| {
+            eprintln!("havmsi-vmm: {e}");
+            std::process::exit(1);
+        });
+        for other in others {
+            other.join().map_err(|_| "a vCPU's thread died")??;
+        }
+        ticks
+    })
+}
+
+fn measure(kvm: &Kvm, image: &[u8], index: usize, gic: u64) -> Result<Vec<u64>, String> {
+    let operation = &OPERATIONS[index];
+    let new = || Machine::new(kvm, image, index, gic);
+    mark::<{ mark::NEXT }>();
+    match operation.kind {
+        Kind::Start | Kind::End => {
+            // The first one is not like the others: code and caches of the kernel come in.
+            for record in 0..=operation.records {
+                let measured = |kind| record > 0 && operation.kind == kind;
+                if measured(Kind::Start) {
+                    mark::<{ mark::START }>();
+                }
+                let mut machine = new()?;
+                run_all(&mut machine)?;
+                if measured(Kind::End) {
+                    mark::<{ mark::START }>();
+                }
+                drop(machine);
+                if measured(Kind::End) {
+                    mark::<{ mark::STOP }>();
+                }
+            }
+            Ok(vec![])
+        }
+        _ => run_all(&mut new()?),
+    }
+}
+
+fn line(operation: &Operation, ticks: &[u64]) {
+    let ticks: Vec<String> = ticks.iter().map(u64::to_string).collect();
+    let object = Object::event("bench")
+        .text("operation", operation.name)
+        .value("ticks", format!("[{}]", ticks.join(",")));
+    println!("{VMM_PREFIX}{}", object.finish());
+}
+
+/// `havmsi-vmm bench GIC NAME...`: measures these operations, or all.
+pub fn main(args: &[String]) -> Result<(), String> {
+    let gic = args.first().and_then(|g| g.parse().ok()).filter(|g| [2, 3].contains(g));
+    let gic = gic.ok_or("usage: havmsi-vmm bench 2|3 [NAME...]")?;
+    let chosen: Vec<usize> = match args.get(1..) {
+        None | Some([]) => (0..OPERATIONS.len()).collect(),
+        Some(names) => names
+            .iter()
+            .map(|n| find(n).ok_or(format!("no operation `{n}`")))
+            .collect::<Result<_, _>>()?,
+    };
+    pin(0)?;
+    let image = std::fs::read(IMAGE).map_err(|e| format!("{IMAGE}: {e}"))?;
+    let kvm = Kvm::new().map_err(text("/dev/kvm"))?;
+    for index in chosen {
+        let operation = &OPERATIONS[index];
+        let ticks = measure(&kvm, &image, index, gic);
+        line(operation, &ticks.map_err(|e| format!("{}: {e}", operation.name))?);
+    }
+    Ok(())
+}
