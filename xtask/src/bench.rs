@@ -80,8 +80,8 @@ impl System {
 pub struct Parts {
     /// Kernel and roots.
     pub images: Images,
-    /// The monitor; `None` where none runs.
-    pub monitor: Option<build::Monitor>,
+    /// The monitor.
+    pub monitor: build::Monitor,
     /// The small VMM, with symbols.
     pub vmm: PathBuf,
     /// The guest, with symbols.
@@ -96,7 +96,7 @@ impl Parts {
         Ok(Self {
             plugin: build::plugin(ctx)?,
             images: image::all(ctx)?,
-            monitor: Some(build::monitor(ctx)?),
+            monitor: build::monitor(ctx)?,
             vmm: build::programs(ctx)?.join("havmsi-vmm"),
             guest: build::bench_guest(ctx)?.1,
         })
@@ -151,9 +151,8 @@ pub fn measure(
 ) -> Result<Vec<Measured>> {
     let dir = ctx.log_dir.join(format!("{}-gic{gic}", system.name()));
     fs::create_dir_all(&dir)?;
-    let config = config(ctx, parts, system, gic, operations)?;
+    let mut config = config(ctx, parts, system, gic, operations)?;
     let result = dir.join("counts.json");
-    let mut config = config;
     config.extra.extend(["-icount".to_owned(), "shift=0,sleep=off".to_owned()]);
     config.extra.push("-plugin".to_owned());
     config.extra.push(format!("file={},out={}", comma(&parts.plugin), comma(&result)));

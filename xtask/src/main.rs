@@ -78,7 +78,7 @@ enum Verb {
     Attack(attack::Args),
     /// Count what operations of a VM cost, on plain KVM and under HA-VMSI
     Bench(bench::Args),
-    /// Show where the instructions of an operation are executed
+    /// Show where the instructions of operations are executed
     Profile(bench::profile::Args),
     /// Run all tests; the last line is `N passed, N failed`
     Test(test::Args),

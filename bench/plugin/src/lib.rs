@@ -6,7 +6,7 @@
 //! numbers of instructions of its records, and all about the smallest one. Needs `-icount`: one
 //! thread runs all CPUs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -25,6 +25,9 @@ use serde::Serialize;
 struct Block {
     /// `UNKNOWN` until it is executed between marks.
     level: AtomicUsize,
+    /// Of its first and its last instruction.
+    first: u64,
+    last: u64,
 }
 
 const UNKNOWN: usize = usize::MAX;
@@ -57,6 +60,8 @@ struct Group {
     changes: Vec<(usize, usize, u64)>,
     /// Its instructions.
     lines: Vec<Line>,
+    /// Ways from the end of a block to the start of another at the same level: level, from, to, how often.
+    ways: Vec<(usize, u64, u64, u64)>,
 }
 
 #[derive(Default)]
@@ -64,16 +69,18 @@ struct State {
     groups: Vec<Group>,
     /// Instructions that were executed in the open record.
     touched: Vec<&'static Instruction>,
-    /// The exception level that each CPU was last seen at in the open record.
-    levels: BTreeMap<VCPUIndex, usize>,
+    /// The block that each CPU was last seen in, in the open record.
+    blocks: BTreeMap<VCPUIndex, &'static Block>,
     changes: BTreeMap<(usize, usize), u64>,
+    ways: HashMap<(usize, u64, u64), u64>,
 }
 
 impl State {
     fn start(&mut self) {
         self.touched.clear();
-        self.levels.clear();
+        self.blocks.clear();
         self.changes.clear();
+        self.ways.clear();
         RECORD.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -95,6 +102,7 @@ impl State {
             };
             group.lines = self.touched.iter().map(line).collect();
             group.changes = self.changes.iter().map(|((a, b), n)| (*a, *b, *n)).collect();
+            group.ways = self.ways.iter().map(|((l, a, b), n)| (*l, *a, *b, *n)).collect();
         }
         group.instructions.push(total);
     }
@@ -115,7 +123,7 @@ fn with<T: Default>(f: impl FnOnce(&mut State) -> T) -> T {
     state().as_mut().map(f).unwrap_or_default()
 }
 
-fn marked(cpu: VCPUIndex, mark: u16, block: &Block) {
+fn marked(cpu: VCPUIndex, mark: u16, block: &'static Block) {
     with(|state| match mark {
         mark::START => state.start(),
         mark::STOP => state.stop(),
@@ -132,7 +140,7 @@ fn level() -> usize {
     bytes.first().map_or(UNKNOWN, |b| usize::from(b >> 2 & 3))
 }
 
-fn block_executed(cpu: VCPUIndex, block: &Block) {
+fn block_executed(cpu: VCPUIndex, block: &'static Block) {
     if !OPEN.load(Ordering::Relaxed) {
         return;
     }
@@ -141,10 +149,12 @@ fn block_executed(cpu: VCPUIndex, block: &Block) {
     }
     let now = block.level.load(Ordering::Relaxed);
     with(|state| {
-        if let Some(before) = state.levels.insert(cpu, now)
-            && before != now
-        {
-            *state.changes.entry((before, now)).or_default() += 1;
+        let Some(before) = state.blocks.insert(cpu, block) else { return };
+        let level = before.level.load(Ordering::Relaxed);
+        if level == now {
+            *state.ways.entry((now, before.last, block.first)).or_default() += 1;
+        } else {
+            *state.changes.entry((level, now)).or_default() += 1;
         }
     });
 }
@@ -175,7 +185,12 @@ impl HasCallbacks for Plugin {
     }
 
     fn on_translation_block_translate(&mut self, _: PluginId, tb: TranslationBlock) -> Result<()> {
-        let block: &'static Block = Box::leak(Box::new(Block { level: AtomicUsize::new(UNKNOWN) }));
+        let last = tb.instructions().last().map_or(0, |insn| insn.vaddr());
+        let block: &'static Block = Box::leak(Box::new(Block {
+            level: AtomicUsize::new(UNKNOWN),
+            first: tb.vaddr(),
+            last,
+        }));
         let executed_once = move |cpu| block_executed(cpu, block);
         tb.register_execute_callback_flags(executed_once, Flags::QEMU_PLUGIN_CB_R_REGS);
         for insn in tb.instructions() {

@@ -30,6 +30,8 @@ pub struct Group {
     pub changes: Vec<(usize, usize, u64)>,
     /// Its instructions.
     pub lines: Vec<Line>,
+    /// Ways from block to block at the same level: level, from (its last instruction), to, how often.
+    pub ways: Vec<(usize, u64, u64, u64)>,
 }
 
 /// Reads the plugin's result.
@@ -160,6 +162,7 @@ mod tests {
             instructions: vec![300, 210, 220],
             changes: vec![(1, 2, 4), (2, 3, 4)],
             lines: vec![line(1, 0xd503_201f, 180), line(3, 0xd51c_1100, 30)],
+            ways: vec![],
         };
         let cost = group.cost(20);
         assert_eq!((cost.instructions, cost.median), (10.5, 11.0));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The `profile` verb: where the instructions of one operation are executed.
+//! The `profile` verb: where the instructions of operations are executed.
 
 use std::collections::BTreeMap;
 
@@ -7,16 +7,16 @@ use anyhow::Result;
 use clap::{Args as ClapArgs, ValueEnum};
 
 use super::counts::special;
-use super::symbols::{Place, Symbols};
+use super::symbols::Symbols;
 use super::{Measured, Parts, System, measure, operation};
 use crate::Ctx;
 
 /// Options of `profile`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
-    /// Which operation
-    #[arg(value_name = "OPERATION", value_parser = operation)]
-    pub operation: usize,
+    /// Which operations
+    #[arg(value_name = "OPERATION", required = true, value_parser = operation)]
+    pub operations: Vec<usize>,
     /// Interrupt controller
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=3))]
     pub gic: u32,
@@ -26,9 +26,25 @@ pub struct Args {
     /// Lines of each table
     #[arg(long, default_value_t = 40)]
     pub top: usize,
-    /// By line of the source, where that is known (monitor, VMM, guest)
+    /// What a line of the table is (kernels have symbols only)
+    #[arg(long, value_enum, default_value_t = By::Function)]
+    pub by: By,
+    /// Also who calls the functions of the table that are compiled as such
     #[arg(long)]
-    pub lines: bool,
+    pub callers: bool,
+}
+
+/// What instructions are summed up by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum By {
+    /// The innermost function of ours that they were inlined from
+    Function,
+    /// The innermost function, the core library's too
+    Inlined,
+    /// A line of our sources
+    Line,
+    /// The function that was compiled as one
+    Symbol,
 }
 
 /// Which systems.
@@ -53,22 +69,25 @@ struct Sum {
 fn text(measured: &Measured, symbols: &Symbols, args: &Args) -> String {
     let times = f64::from(measured.operation.times);
     let each = |n: u64| n as f64 / times;
-    let (mut places, mut parts) =
-        (BTreeMap::<Place, Sum>::new(), BTreeMap::<&'static str, Sum>::new());
+    let mut places = BTreeMap::<(&'static str, String), Sum>::new();
+    let mut parts = BTreeMap::<&'static str, Sum>::new();
     let mut all = Sum::default();
     for line in &measured.group.lines {
-        let mut place = symbols.place(line);
-        if !args.lines {
-            place.source.clear();
-        }
-        let part = place.part;
+        let place = symbols.place(line.level, line.address);
+        let name = match args.by {
+            By::Function => place.function,
+            By::Inlined => place.inlined,
+            By::Line => place.line,
+            By::Symbol => place.symbol,
+        };
         let special = if special(line.word).is_some() { line.count } else { 0 };
-        for sum in [places.entry(place).or_default(), parts.entry(part).or_default(), &mut all] {
+        let by_name = places.entry((place.part, name)).or_default();
+        for sum in [by_name, parts.entry(place.part).or_default(), &mut all] {
             sum.instructions += line.count;
             sum.special += special;
         }
     }
-    let mut sorted: Vec<(&Place, &Sum)> = places.iter().collect();
+    let mut sorted: Vec<_> = places.iter().collect();
     sorted.sort_by_key(|(_, sum)| std::cmp::Reverse(sum.instructions));
     let mut out = format!(
         "{:>9} {:>6} {:>7}  of {} (a record of {})\n",
@@ -84,32 +103,54 @@ fn text(measured: &Measured, symbols: &Symbols, args: &Args) -> String {
     };
     put(&all, "all");
     parts.iter().rev().for_each(|(part, sum)| put(sum, part));
-    for (place, sum) in sorted.into_iter().take(args.top) {
-        put(sum, &format!("  {}  {} {}", place.part, place.function, place.source));
+    for ((part, name), sum) in sorted.into_iter().take(args.top) {
+        put(sum, &format!("  {part}  {name}"));
     }
     out.push_str("changes of level:");
     for (from, to, n) in &measured.group.changes {
         out.push_str(&format!(" {from}>{to} {:.2}", each(*n)));
     }
     out.push('\n');
+    if args.callers {
+        out.push_str(&callers(measured, symbols, args.top));
+    }
+    out
+}
+
+/// Who calls what: ways to the start of a symbol from another one.
+fn callers(measured: &Measured, symbols: &Symbols, top: usize) -> String {
+    let mut called = BTreeMap::<(&'static str, String), BTreeMap<String, u64>>::new();
+    for (level, from, to, n) in &measured.group.ways {
+        let (from, to) = (symbols.place(*level, *from), symbols.place(*level, *to));
+        if to.start && from.symbol != to.symbol {
+            let callers = called.entry((to.part, to.symbol)).or_default();
+            *callers.entry(from.line).or_default() += n;
+        }
+    }
+    let mut sorted: Vec<_> = called.iter().collect();
+    sorted.sort_by_key(|(_, callers)| std::cmp::Reverse(callers.values().sum::<u64>()));
+    let mut out = "calls of compiled functions, by caller:\n".to_owned();
+    let each = |n: u64| n as f64 / f64::from(measured.operation.times);
+    for ((part, name), callers) in sorted.into_iter().take(top) {
+        out.push_str(&format!("{:9.1}  {part}  {name}\n", each(callers.values().sum())));
+        let mut callers: Vec<_> = callers.iter().collect();
+        callers.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+        for (caller, n) in callers {
+            out.push_str(&format!("{:19.1}  {caller}\n", each(*n)));
+        }
+    }
     out
 }
 
 /// The `profile` verb.
 pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
-    let mut parts = Parts::build(ctx)?;
-    for system in [System::Kvm, System::Havmsi] {
-        if matches!((args.on, system), (Which::Kvm, System::Havmsi) | (Which::Havmsi, System::Kvm))
-        {
-            continue;
-        }
-        for measured in measure(ctx, &parts, system, args.gic, &[args.operation])? {
-            let monitor = parts.monitor.take();
-            if system == System::Havmsi {
-                parts.monitor.clone_from(&monitor);
-            }
-            let symbols = Symbols::read(&parts)?;
-            parts.monitor = monitor;
+    let parts = Parts::build(ctx)?;
+    let mut systems = vec![System::Kvm, System::Havmsi];
+    systems.retain(|s| args.on == Which::Both || (*s == System::Kvm) == (args.on == Which::Kvm));
+    for system in systems {
+        let measured = measure(ctx, &parts, system, args.gic, &args.operations)?;
+        let symbols = Symbols::read(&parts, system)?;
+        for measured in measured {
             println!(
                 "\n{} on GICv{}\n{}",
                 system.name(),

@@ -6,8 +6,7 @@ use std::path::Path;
 use addr2line::Loader;
 use anyhow::{Context as _, Result};
 
-use super::Parts;
-use super::counts::Line;
+use super::{Parts, System};
 
 /// Where Linux 6.12 has its image, with 48 bits of addresses.
 const KERNEL: u64 = 0xffff_8000_8000_0000;
@@ -16,15 +15,24 @@ const KERNEL_OFFSET: u64 = 0x20_0000;
 /// Names of nVHE's EL2 half.
 const NVHE: &str = "__kvm_nvhe_";
 
+/// Whose functions are named although they are inlined into others.
+const OURS: &str = "havmsi";
+
 /// A place in the code.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Who: `EL3 monitor`, `EL2 KVM`, ...
     pub part: &'static str,
-    /// The function.
+    /// The function that was compiled as one.
+    pub symbol: String,
+    /// That function's start.
+    pub start: bool,
+    /// The innermost function of ours, if there is one, else the symbol.
     pub function: String,
-    /// The line of the source, where it is known.
-    pub source: String,
+    /// The innermost function, whoever's.
+    pub inlined: String,
+    /// The line of the source that belongs to `function`, where it is known.
+    pub line: String,
 }
 
 /// Knows the code that runs.
@@ -40,21 +48,21 @@ fn load(path: &Path) -> Result<Loader> {
 }
 
 impl Symbols {
-    /// Reads the symbols of all that runs.
-    pub fn read(parts: &Parts) -> Result<Self> {
+    /// Reads the symbols of all that runs on a system.
+    pub fn read(parts: &Parts, system: System) -> Result<Self> {
         let kernel = parts.images.kernel.dir.join("vmlinux");
+        let monitor = (system == System::Havmsi).then(|| load(&parts.monitor.elf)).transpose()?;
         Ok(Self {
-            monitor: parts.monitor.as_ref().map(|m| load(&m.elf)).transpose()?,
+            monitor,
             kernel: load(&kernel).context("the kernel's symbols")?,
             vmm: load(&parts.vmm)?,
             guest: load(&parts.guest)?,
         })
     }
 
-    /// What a line of the plugin's result is.
-    pub fn place(&self, line: &Line) -> Place {
-        let address = line.address;
-        let (part, loader, at) = match line.level {
+    /// What is at an address that is executed at this exception level.
+    pub fn place(&self, level: usize, address: u64) -> Place {
+        let (part, loader, at) = match level {
             3 => ("EL3 monitor", self.monitor.as_ref(), address),
             2 if self.monitor.is_some() => ("EL2 vectors", None, address),
             2 => ("EL2 KVM", Some(&self.kernel), image_of_hyp(address)),
@@ -62,23 +70,64 @@ impl Symbols {
             1 => ("EL1 guest", Some(&self.guest), address),
             _ => ("EL0 VMM", Some(&self.vmm), address),
         };
-        let found = loader.and_then(|l| lookup(l, at));
-        let (function, source) = found.unwrap_or_else(|| (format!("{address:#x}"), String::new()));
-        Place { part, function, source }
+        loader.and_then(|l| lookup(part, l, at)).unwrap_or_else(|| {
+            let name = format!("{address:#x}");
+            Place {
+                part,
+                symbol: name.clone(),
+                start: false,
+                function: name.clone(),
+                inlined: name.clone(),
+                line: name,
+            }
+        })
     }
 }
 
-/// The innermost inlined function at an address, and the line.
-fn lookup(loader: &Loader, address: u64) -> Option<(String, String)> {
-    let outer = loader.find_symbol(address).map(clean);
-    let mut frames = loader.find_frames(address).ok()?;
-    let Ok(Some(frame)) = frames.next() else { return outer.map(|o| (o, String::new())) };
-    let inner = frame.function.and_then(|f| f.demangle().ok().map(|n| clean(&n)));
-    let source = frame.location.and_then(|l| {
-        let file = l.file?.rsplit_once("/src/").map_or(l.file?, |(_, file)| file);
-        Some(format!("{file}:{}", l.line?))
-    });
-    Some((inner.or(outer)?, source.unwrap_or_default()))
+/// The symbol that an address belongs to, and whether it is its start.
+fn symbol(loader: &Loader, address: u64) -> Option<(String, bool)> {
+    let mut probe = address;
+    loop {
+        let found = loader.find_symbol_info(probe)?;
+        // A mark of the assembler's between code and data.
+        if !found.name().starts_with('$') {
+            return Some((clean(found.name()), found.address() == address));
+        }
+        probe = found.address().checked_sub(1)?;
+    }
+}
+
+fn lookup(part: &'static str, loader: &Loader, address: u64) -> Option<Place> {
+    let (symbol, start) = symbol(loader, address)?;
+    let mut place = Place {
+        part,
+        start,
+        function: symbol.clone(),
+        inlined: symbol.clone(),
+        line: symbol.clone(),
+        symbol,
+    };
+    let Ok(mut frames) = loader.find_frames(address) else { return Some(place) };
+    let mut first = true;
+    while let Ok(Some(frame)) = frames.next() {
+        let name = frame.function.and_then(|f| f.demangle().ok().map(|n| clean(&n)));
+        let Some(name) = name else { continue };
+        if first {
+            place.inlined.clone_from(&name);
+            first = false;
+        }
+        if name.contains(OURS) {
+            let line = frame.location.and_then(|l| {
+                let file = l.file?;
+                let file = file.rsplit_once("/src/").map_or(file, |(_, file)| file);
+                Some(format!("{name}  {file}:{}", l.line?))
+            });
+            place.line = line.unwrap_or_else(|| name.clone());
+            place.function = name;
+            break;
+        }
+    }
+    Some(place)
 }
 
 /// A name without what tells nothing: the hash, and nVHE's prefix.
