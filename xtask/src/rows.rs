@@ -110,6 +110,8 @@ pub fn table() -> Vec<Row> {
         300,
         Work::Cargo(vec!["clippy", "--all-targets", "--", "-D", "warnings"]),
     );
+    let plugin = vec!["clippy", "--release", "-p", "havmsi-plugin"];
+    add("style/clippy-plugin".into(), 300, Work::Cargo(plugin));
     for (name, target, packages) in [
         (
             "style/clippy-el3",
@@ -134,7 +136,7 @@ pub fn table() -> Vec<Row> {
     ]);
     add("build/juno".into(), 300, Work::Cargo(juno));
     add("build/leave-out".into(), 300, Work::LeaveOut);
-    for package in ["havmsi-abi", "havmsi-core", "havmsi-proto", "xtask"] {
+    for package in ["havmsi-abi", "havmsi-core", "havmsi-operations", "havmsi-proto", "xtask"] {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }

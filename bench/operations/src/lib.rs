@@ -123,7 +123,7 @@ pub const OPERATIONS: &[Operation] = &[
     ),
     row("timer", "virtual timer interrupt: armed, taken, ended", Kind::Timer, 32, 24),
     row("touch-4k", "first store to a 4 KiB page", Kind::Touch(PAGE), 64, 48),
-    row("touch-2m", "first stores to all of a 2 MiB block (huge page)", Kind::Touch(BLOCK), 1, 24),
+    row("touch-2m", "first stores to all of a 2 MiB block (huge page)", Kind::Touch(BLOCK), 1, 12),
     row(
         "vm-start",
         "1 vCPU, 128 MiB: KVM_CREATE_VM to the guest's first instruction",

@@ -70,7 +70,7 @@ struct State {
     /// Instructions that were executed in the open record.
     touched: Vec<&'static Instruction>,
     /// The block that each CPU was last seen in, in the open record.
-    blocks: BTreeMap<VCPUIndex, &'static Block>,
+    blocks: BTreeMap<Vec<u8>, &'static Block>,
     changes: BTreeMap<(usize, usize), u64>,
     ways: HashMap<(usize, u64, u64), u64>,
 }
@@ -114,6 +114,9 @@ static STATE: Mutex<Option<State>> = Mutex::new(None);
 static RECORD: AtomicU64 = AtomicU64::new(0);
 static OPEN: AtomicBool = AtomicBool::new(false);
 static CPSR: OnceLock<RegisterDescriptor<'static>> = OnceLock::new();
+/// What tells CPUs apart: the monitor or KVM's EL2 half keeps its own record of the CPU there. (The
+/// index that callbacks get is the translating CPU's, when one thread runs all.)
+static IDENTITY: OnceLock<RegisterDescriptor<'static>> = OnceLock::new();
 
 fn state() -> MutexGuard<'static, Option<State>> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -123,7 +126,7 @@ fn with<T: Default>(f: impl FnOnce(&mut State) -> T) -> T {
     state().as_mut().map(f).unwrap_or_default()
 }
 
-fn marked(cpu: VCPUIndex, mark: u16, block: &'static Block) {
+fn marked(mark: u16, block: &'static Block) {
     with(|state| match mark {
         mark::START => state.start(),
         mark::STOP => state.stop(),
@@ -131,16 +134,19 @@ fn marked(cpu: VCPUIndex, mark: u16, block: &'static Block) {
     });
     OPEN.store(mark == mark::START, Ordering::Relaxed);
     // The rest of the mark's own block belongs to the record.
-    block_executed(cpu, block);
+    block_executed(block);
 }
 
-/// The exception level that a CPU is at, from its CPSR.
+fn read(register: &OnceLock<RegisterDescriptor<'static>>) -> Vec<u8> {
+    register.get().and_then(|r| r.read().ok()).unwrap_or_default()
+}
+
+/// The exception level that the CPU is at.
 fn level() -> usize {
-    let bytes = CPSR.get().and_then(|r| r.read().ok()).unwrap_or_default();
-    bytes.first().map_or(UNKNOWN, |b| usize::from(b >> 2 & 3))
+    read(&CPSR).first().map_or(UNKNOWN, |b| usize::from(b >> 2 & 3))
 }
 
-fn block_executed(cpu: VCPUIndex, block: &'static Block) {
+fn block_executed(block: &'static Block) {
     if !OPEN.load(Ordering::Relaxed) {
         return;
     }
@@ -149,7 +155,7 @@ fn block_executed(cpu: VCPUIndex, block: &'static Block) {
     }
     let now = block.level.load(Ordering::Relaxed);
     with(|state| {
-        let Some(before) = state.blocks.insert(cpu, block) else { return };
+        let Some(before) = state.blocks.insert(read(&IDENTITY), block) else { return };
         let level = before.level.load(Ordering::Relaxed);
         if level == now {
             *state.ways.entry((now, before.last, block.first)).or_default() += 1;
@@ -176,10 +182,13 @@ struct Plugin;
 
 impl HasCallbacks for Plugin {
     fn on_vcpu_init(&mut self, _: PluginId, _: VCPUIndex) -> Result<()> {
-        let found = qemu_plugin_get_registers()?.into_iter().find(|r| r.name == "cpsr");
-        if let Some(register) = found {
-            // The same for all CPUs.
-            let _known = CPSR.set(register);
+        // They are the same for all CPUs.
+        let mut all = qemu_plugin_get_registers()?;
+        for (place, names) in [(&CPSR, ["cpsr", ""]), (&IDENTITY, ["TPIDR_EL3", "TPIDR_EL2"])] {
+            let found = names.iter().find_map(|name| all.iter().position(|r| r.name == *name));
+            if let Some(found) = found {
+                let _known_already = place.set(all.swap_remove(found));
+            }
         }
         Ok(())
     }
@@ -191,7 +200,7 @@ impl HasCallbacks for Plugin {
             first: tb.vaddr(),
             last,
         }));
-        let executed_once = move |cpu| block_executed(cpu, block);
+        let executed_once = move |_| block_executed(block);
         tb.register_execute_callback_flags(executed_once, Flags::QEMU_PLUGIN_CB_R_REGS);
         for insn in tb.instructions() {
             let mut word = [0; 4];
@@ -205,7 +214,7 @@ impl HasCallbacks for Plugin {
                 record: AtomicU64::new(0),
             }));
             if let Some(mark) = mark::of(word) {
-                let marked = move |cpu| marked(cpu, mark, block);
+                let marked = move |_| marked(mark, block);
                 insn.register_execute_callback_flags(marked, Flags::QEMU_PLUGIN_CB_R_REGS);
             } else {
                 insn.register_execute_callback(move |_| executed(instruction));
