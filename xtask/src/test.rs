@@ -82,6 +82,16 @@ impl Totals {
         self.tests.push(result);
     }
 
+    /// What did not pass, by name and with the reason: for whoever sees the end only.
+    fn rest(&self) -> Vec<String> {
+        let line = |test: &Test| match &test.verdict {
+            Verdict::Passed => None,
+            Verdict::Failed(why) => Some(format!("failed: {}: {why}", test.name)),
+            Verdict::Skipped(why) => Some(format!("skipped: {}: {why}", test.name)),
+        };
+        self.tests.iter().filter_map(line).collect()
+    }
+
     /// The closing line.
     fn line(&self) -> String {
         let skipped =
@@ -211,7 +221,9 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
     if let Some(path) = &args.json {
         sh::write(path, serde_json::to_string_pretty(&totals)? + "\n").context("the results")?;
     }
-    println!("\n{:.0} s, logs in {}", totals.seconds, ctx.log_dir.display());
+    println!();
+    totals.rest().iter().for_each(|line| println!("{line}"));
+    println!("{:.0} s, logs in {}", totals.seconds, ctx.log_dir.display());
     println!("{}", totals.line());
     if totals.failed > 0 {
         std::process::exit(1);
@@ -236,6 +248,7 @@ mod tests {
         t.add(Test { name: "b".into(), verdict: Verdict::Skipped("no".into()) });
         t.add(Test { name: "c".into(), verdict: Verdict::Failed("bad".into()) });
         assert_eq!(t.line(), "1 passed, 1 failed, 1 skipped");
+        assert_eq!(t.rest(), ["skipped: b: no", "failed: c: bad"]);
     }
 
     #[test]
