@@ -9,7 +9,7 @@ use linkme::distributed_slice;
 
 use crate::cpu::{self, MAX_CPUS};
 use crate::memory::{self, ARGUMENTS};
-use crate::{exception, failure, fuzz, gic, println, smc};
+use crate::{bench, exception, failure, fuzz, gic, println, smc};
 
 /// Longest text of a failure.
 const TEXT: usize = 240;
@@ -190,6 +190,9 @@ pub extern "C" fn main() -> ! {
     gic::init();
     if let Some(options) = fuzz::options(words) {
         fuzz::main(&options);
+    }
+    if let Some(only) = words.strip_prefix("--bench") {
+        bench::main(only.trim());
     }
     match words {
         "--life" => failure::life(),

@@ -7,6 +7,8 @@
 #[cfg(target_os = "none")]
 mod attack;
 #[cfg(target_os = "none")]
+mod bench;
+#[cfg(target_os = "none")]
 mod console;
 #[cfg(target_os = "none")]
 mod cpu;
