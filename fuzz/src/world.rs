@@ -376,7 +376,7 @@ impl<'a> World<'a> {
                 _ => pending | 1 << 61 | u64::from(d & 31) << 32 | 27,
             };
         }
-        let entry = Entry::from_words(&words);
+        let entry = Entry::read(|i| words[i]);
         let result = self.try_enter(handle, idx, &entry);
         let no = self.model.run(handle, idx, &entry, LRS);
         Self::same("VCPU_RUN", &result, &no);
@@ -394,7 +394,7 @@ impl<'a> World<'a> {
         assert_eq!(run.vttbr, Self::vttbr(handle));
         let context = self.contexts.get_mut(&(handle, idx)).expect("a vCPU that exists");
         let pending = if run.start.is_some() { Pending::Nothing } else { context.pending };
-        let answer = exit::answer(pending, entry)?;
+        let answer = exit::answer(&pending, entry)?;
         let implemented = if run.config.gic == 0 { 0 } else { LRS as usize };
         let used = vgic::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
         let sgis = vgic::pending_sgis(&entry.lr, used);
@@ -694,10 +694,16 @@ impl<'a> World<'a> {
                 self.model.vcpu(handle, idx).registers.x[..4].copy_from_slice(&answer);
             }
             (None, None) => {
-                let shown = exit::hypercall_exit(&x);
+                let shown = exit::hypercall_exit();
                 let gpr = [x[0], x[1], x[2], x[3]];
                 assert_eq!(
-                    (shown.class, shown.gpr, shown.ipa, shown.data, shown.esr & 0x1ff_ffff),
+                    (
+                        shown.class,
+                        exit::shown_registers(shown.class, &x),
+                        shown.ipa,
+                        shown.data,
+                        shown.esr & 0x1ff_ffff
+                    ),
                     (ExitClass::Hvc, gpr, 0, 0, 0)
                 );
                 self.leave(handle, idx, Pending::Hypercall, Question::Hypercall);

@@ -7,31 +7,25 @@ use havmsi_core::guest_map::MapError;
 use havmsi_core::launch::{Boot, Config};
 use havmsi_core::vm::{Machine, Vm};
 use havmsi_hal::sysreg::{cntpct_el0, cntvoff_el2};
-use havmsi_hal::vgic;
 
 use crate::host::{self, World};
-use crate::{boot, log, platform, run, vms};
+use crate::{boot, log, platform, vms};
 
 /// What a call gives back in `x0` to `x5`.
 type Results = [u64; 6];
 
-/// A call that is not PSCI's. Returns `x0` on, or `None` if a guest is the
-/// current world now and the results come with its exit.
-pub fn host_call(function: u32, args: &[u64; 8]) -> Option<Results> {
+/// A call that is neither PSCI's nor VCPU_RUN. Returns `x0` on.
+pub fn host_call(function: u32, args: &[u64; 8]) -> Results {
     if function == UID_CALL {
         let [a, b, c, d] = UID.map(u64::from);
-        return Some([a, b, c, d, 0, 0]);
+        return [a, b, c, d, 0, 0];
     }
     #[cfg(feature = "audit")]
     if function == havmsi_abi::AUDIT_CALL {
-        return Some([crate::audit::call(args[1]), 0, 0, 0, 0, 0]);
+        return [crate::audit::call(args[1]), 0, 0, 0, 0, 0];
     }
     let result = match Function::from_id(function) {
         None => Err(Error::NotSupported.into()),
-        Some(Function::VcpuRun) => match run::run(args[1], args[2]) {
-            Ok(()) => return None,
-            Err(error) => Err(error.into()),
-        },
         Some(function) => call(host::world(), function, args),
     };
     let ([a, b, c, d, e], code) = match result {
@@ -39,7 +33,7 @@ pub fn host_call(function: u32, args: &[u64; 8]) -> Option<Results> {
         Err(MapError::Tables(pages)) => ([pages, 0, 0, 0, 0], Error::NoMemory.code()),
         Err(MapError::Other(error)) => ([0; 5], error.code()),
     };
-    Some([code.cast_unsigned(), a, b, c, d, e])
+    [code.cast_unsigned(), a, b, c, d, e]
 }
 
 /// All calls but VCPU_RUN, with `x1` on if they return something there.
@@ -48,7 +42,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
     match function {
         Function::Version => return Ok([VERSION, 0, 0, 0, 0]),
         Function::CpuInfo => {
-            return Ok([vgic::vtr(&world.gic), world.gic.version(), MAX_IPA_BITS, 0, 0]);
+            return Ok([world.vgic.vtr(), world.gic.version(), MAX_IPA_BITS, 0, 0]);
         }
         Function::HostReset => {
             for (_, vm) in vms::all() {
@@ -103,7 +97,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
         Function::VmReset => with_vm(a1, |vm| vm.reset(world))?,
         Function::VmDestroy => with_vm(a1, |vm| vm.destroy(world, vms::free_context))?,
         Function::Stats => return Ok(stats(world)),
-        // Handled by the caller: its results come later.
+        // Of a guest whose calls a test monitor takes for the host's.
         Function::VcpuRun => return Err(Error::NotSupported.into()),
     }
     Ok([0; 5])

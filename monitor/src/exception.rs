@@ -6,6 +6,7 @@ use core::fmt::Arguments;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use havmsi_abi::Function;
 use havmsi_core::addr::{Ipa, low32};
 use havmsi_core::exit::{
     EC_SHIFT, FNV, FSC_PERMISSION, FSC_TYPE, Injection, S1PTW, SysregAccess, ec,
@@ -73,6 +74,11 @@ fn from_host_el2(frame: &mut Frame) {
     match esr >> EC_SHIFT {
         ec::DATA_ABORT | ec::INSTRUCTION_ABORT => host_abort::handle(frame, esr),
         ec::SYSREG if access.is_id() && access.read => id_read(frame, access, World::Host),
+        ec::SYSREG => match access.fixed() {
+            Some(value) => frame.answer(access, value),
+            None if access.op0() == 2 => frame.answer(access, 0),
+            None => inject_undefined(frame),
+        },
         _ => inject_undefined(frame),
     }
 }
@@ -87,15 +93,33 @@ fn from_host() {
         cpu.with_host(inject_undefined);
         return;
     }
-    let mut args: [u64; 8] = cpu.with_host(|f| core::array::from_fn(|i| f.x[i]));
     // The identifier is 32 bits wide; of an SMC32, so are the arguments.
-    let function = low32(args[0]);
+    let [function, handle, idx] = cpu.with_host(|f| [f.x[0], f.x[1], f.x[2]]);
+    let function = low32(function);
+    if function == Function::VcpuRun.id() {
+        // If a guest is the current world now, the results come with its exit.
+        if let Err(error) = run::run(handle, idx) {
+            let refused = [error.code().cast_unsigned(), 0];
+            cpu.with_host(|frame| frame.x[..2].copy_from_slice(&refused));
+        }
+        return;
+    }
+    other_call(function);
+}
+
+/// All calls of the host but VCPU_RUN: not inlined, for what they need of the
+/// stack would be set up for each exit of a guest.
+#[inline(never)]
+fn other_call(function: u32) {
+    let cpu = this_cpu();
+    let mut args: [u64; 8] = cpu.with_host(|f| core::array::from_fn(|i| f.x[i]));
     if function & havmsi_core::psci::id::SMC64 == 0 {
         args = args.map(|arg| u64::from(low32(arg)));
     }
     if let Some(result) = psci::call(function, &args) {
         cpu.with_host(|frame| frame.x[0] = result);
-    } else if let Some(results) = dispatch::host_call(function, &args) {
+    } else {
+        let results = dispatch::host_call(function, &args);
         // x4 on belong to the caller unless they hold a result (SMCCC 1.2, 2.6).
         let used = results.iter().rposition(|&x| x != 0).map_or(0, |last| last + 1).max(4);
         let used = if results[0].cast_signed() < 0 { 2 } else { used };

@@ -16,9 +16,10 @@ use havmsi_hal::machine::Machine;
 use havmsi_hal::smmu::Smmu;
 use havmsi_hal::sysreg::{
     cnthctl_el2, cnthp_ctl_el2, cntp_ctl_el0, cntv_ctl_el0, cntvoff_el2, cptr_el2, cptr_el3,
-    hstr_el2, icc_sre_el2, id_aa64mmfr0_el1, mdcr_el2, mdcr_el3, midr_el1, mpidr_el1, scr_el3,
+    hstr_el2, id_aa64mmfr0_el1, id_aa64pfr0_el1, mdcr_el2, mdcr_el3, midr_el1, mpidr_el1, scr_el3,
     sctlr_el2, vbar_el2, vmpidr_el2, vpidr_el2, vtcr_el2,
 };
+use havmsi_hal::vgic::Vgic;
 use havmsi_hal::world::{self, El1State, Stage2};
 use havmsi_hal::{cache, phys, tlb};
 use spin::Once;
@@ -34,6 +35,10 @@ pub struct World {
     pub facts: Facts,
     /// The interrupt controller.
     pub gic: Gic,
+    /// The virtual CPU interface.
+    pub vgic: Vgic,
+    /// FEAT_RAS is there: hidden, but it can't be turned off.
+    pub ras: bool,
     /// The hardware, for the pure part.
     pub machine: Machine,
     /// Who owns which page.
@@ -108,7 +113,9 @@ pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
             pages.give_to_host(Pa(bank.base + at));
         }
     }
-    WORLD.call_once(|| World { facts, gic, machine, pages, map: SpinMutex::new(map) });
+    let vgic = Vgic::new(&gic);
+    let ras = id_aa64pfr0_el1::read() >> 28 & 15 != 0;
+    WORLD.call_once(|| World { facts, gic, vgic, ras, machine, pages, map: SpinMutex::new(map) });
 }
 
 /// SCR_EL3 in the host (Arm ARM D24.2.146): non-secure, EL2 and EL1 AArch64,
@@ -137,7 +144,7 @@ pub const SCR_GUEST: u64 = {
 };
 
 /// HCR_EL2 in the host (D24.2.56): stage-2 on, set/way invalidation cleans too,
-/// ID registers and implementation-defined ones trap, EL1 is AArch64. A stage-1
+/// ID registers, ACTLR and implementation-defined ones trap, EL1 is AArch64. A stage-1
 /// walk that hits a device faults (PTW): the monitor has the host's addresses
 /// translated (AT), and a device that answers with an error would abort EL3.
 pub const HCR: u64 = {
@@ -146,8 +153,9 @@ pub const HCR: u64 = {
     const PTW: u64 = 1 << 2;
     const TID3: u64 = 1 << 18;
     const TIDCP: u64 = 1 << 20;
+    const TACR: u64 = 1 << 21;
     const RW: u64 = 1 << 31;
-    VM | SWIO | PTW | TID3 | TIDCP | RW
+    VM | SWIO | PTW | TID3 | TIDCP | TACR | RW
 };
 
 /// CPTR_EL3: trace (TTA) and activity monitors (TAM) trap; SVE and SME are off
@@ -170,15 +178,13 @@ const MDCR_EL3: u64 = {
     TPM | SPD32 | SDD | TTRF | EDAD | EPMAD
 };
 
-/// MDCR_EL2: the PMU traps (TPM, TPMCR); HPMN, which splits the counters that
-/// nobody gets, is not 0 (not allowed before FEAT_HPMN0).
-pub const MDCR_EL2: u64 = 1 << 6 | 1 << 5 | 1;
+/// MDCR_EL2: the PMU traps (TPM, TPMCR), and the OS lock and ROM address
+/// registers (TDOSA, TDRA); HPMN, which splits the counters that nobody gets, is
+/// not 0 (not allowed before FEAT_HPMN0).
+pub const MDCR_EL2: u64 = 1 << 11 | 1 << 10 | 1 << 6 | 1 << 5 | 1;
 
 /// CNTHCTL_EL2: EL1 may use the physical counter and timer.
 const CNTHCTL: u64 = 0b11;
-
-/// ICC_SRE_EL2: system registers on, EL1 may ask for them, no bypass.
-const ICC_SRE: u64 = 0xf;
 
 /// Puts what holds lower levels in, and is the same for the host and guests,
 /// into force on this CPU: whatever the registers held after power-off.
@@ -195,6 +201,8 @@ fn set_up_cpu() {
     let base = world().facts.ram.banks()[0].base;
     vbar_el2::write(base + carveout::EL2_VECTORS);
     vtcr_el2::write(stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5)));
+    world().vgic.init_cpu();
+    world::open_os_lock();
 }
 
 /// Makes the host the world of this CPU, with `el1` in its registers: the one
@@ -207,9 +215,6 @@ pub fn enter_again(el1: &El1State) {
     mdcr_el2::write(MDCR_EL2);
     cnthctl_el2::write(CNTHCTL);
     vmpidr_el2::write(mpidr_el1::read());
-    if world.gic.version() == 3 {
-        icc_sre_el2::write(ICC_SRE);
-    }
     world::switch_to(el1, Stage2 { vttbr: world.machine.host_vttbr, hcr: HCR });
 }
 
@@ -233,11 +238,12 @@ pub fn enter(boot: &Boot) {
 /// and [`enter_again`] left it: its name and value.
 #[cfg(feature = "audit")]
 pub fn changed() -> Option<(&'static str, u64)> {
-    use havmsi_hal::sysreg::{hcr_el2, vttbr_el2};
+    use havmsi_hal::sysreg::{hcr_el2, icc_sre_el2, vttbr_el2};
     let world = world();
     let vectors = world.facts.ram.banks()[0].base + carveout::EL2_VECTORS;
     let vtcr = stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5));
-    let sre = if world.gic.version() == 3 { icc_sre_el2::read() } else { ICC_SRE };
+    // Its Enable bit may be fixed at 1 (IHI 0069H, 12.4).
+    let sre = if world.gic.version() == 3 { icc_sre_el2::read() & !8 } else { 7 };
     // TLOR and TERR, TAM, TTRF: a CPU without what they trap reads 0.
     let optional = [0b11 << 14, 1 << 30, 1 << 19];
     [
@@ -254,7 +260,7 @@ pub fn changed() -> Option<(&'static str, u64)> {
         ("CNTHP_CTL_EL2", cnthp_ctl_el2::read(), 0),
         ("VMPIDR_EL2", vmpidr_el2::read(), mpidr_el1::read()),
         ("VPIDR_EL2", vpidr_el2::read(), midr_el1::read()),
-        ("ICC_SRE_EL2", sre, ICC_SRE),
+        ("ICC_SRE_EL2", sre, 7),
     ]
     .into_iter()
     .find(|(_, is, should)| is != should)

@@ -4,35 +4,37 @@
 //! by `havmsi_core::exit`.
 
 use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use havmsi_abi::{
     ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Error, Exit, ExitClass, MAX_VCPUS, MAX_VMS,
+    WORDS_EXIT_CAUSE,
 };
 use havmsi_core::addr::Ipa;
 use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, ec};
 use havmsi_core::hypercall;
 use havmsi_core::idreg::World;
 use havmsi_core::inject::spsr;
-use havmsi_core::launch::Boot;
+use havmsi_core::launch::{Boot, Config};
 use havmsi_core::page::VmSlot;
 use havmsi_core::vgic as policy;
-use havmsi_core::vm::{Run, Vm, mpidr_affinity};
+use havmsi_core::vm::{Vm, mpidr_affinity};
 use havmsi_hal::debug::DebugState;
 use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::sysreg::{
-    cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, icc_sre_el2,
-    id_aa64pfr0_el1, mdcr_el2, scr_el3, spsr_el2, vdisr_el2, vmpidr_el2,
+    cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, mdcr_el2,
+    scr_el3, spsr_el2, vdisr_el2, vmpidr_el2,
 };
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State, Stage2};
-use havmsi_hal::{barrier, phys, tlb, vgic};
+use havmsi_hal::{barrier, phys, tlb};
 use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
 use crate::{exception, host, vms};
 
 /// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): as the host's, and virtual
-/// interrupts; ACTLR traps; TLB maintenance and barriers reach the inner
+/// interrupts; TLB maintenance and barriers reach the inner
 /// shareable domain, for a vCPU may have moved.
 const HCR: u64 = {
     const FMO: u64 = 1 << 3;
@@ -40,15 +42,12 @@ const HCR: u64 = {
     const AMO: u64 = 1 << 5;
     const FB: u64 = 1 << 9;
     const BSU_IS: u64 = 1 << 10;
-    const TACR: u64 = 1 << 21;
-    host::HCR | FMO | IMO | AMO | FB | BSU_IS | TACR
+    host::HCR | FMO | IMO | AMO | FB | BSU_IS
 };
 const HCR_TWI: u64 = 1 << 13;
 const HCR_TWE: u64 = 1 << 14;
 
-/// `MDCR_EL2`: debug registers trap, those of the OS lock and the ROM address
-/// always (TDOSA, TDRA), the others (TDA) while the vCPU's are not loaded.
-const MDCR: u64 = host::MDCR_EL2 | 1 << 10 | 1 << 11;
+/// `MDCR_EL2.TDA`: debug registers trap while the vCPU's are not loaded.
 const MDCR_TDA: u64 = 1 << 9;
 /// `MDSCR_EL1`: MDE, KDE, SS. While none is set, breakpoints and watchpoints
 /// have no effect on EL1 and EL0 and need not be loaded.
@@ -56,8 +55,6 @@ const MDSCR_ARMED: u64 = 1 << 15 | 1 << 13 | 1;
 /// `CNTHCTL_EL2.EL1PCTEN`: the physical counter is open to a guest, the
 /// physical timer traps.
 const CNTHCTL: u64 = 1;
-/// `ICC_SRE_EL2` without Enable: a guest's ICC_SRE_EL1 traps.
-const ICC_SRE: u64 = 0b0111;
 /// `CPTR_EL3.TFP`.
 const CPTR_TFP: u64 = 1 << 10;
 const MPIDR_RES1: u64 = 1 << 31;
@@ -98,19 +95,36 @@ impl Context {
 /// The contexts of all vCPUs.
 struct Contexts([UnsafeCell<Context>; MAX_VCPUS]);
 
-// SAFETY: a context is reached through `Current` only, of which there is one
-// at a time: `Vm::enter` gives a vCPU to one CPU until `Vm::leave`, and before
-// that the VM's lock is held.
+// SAFETY: a context is reached through `Current` only, of which a vCPU has one
+// at a time: made where the VM's lock is held and the vCPU does not run, it is
+// used until `Vm::leave`, or until the entry is refused under that lock.
 unsafe impl Sync for Contexts {}
 
 static CONTEXTS: Contexts = Contexts([const { UnsafeCell::new(Context::ZERO) }; MAX_VCPUS]);
 
-/// The vCPU that a CPU runs.
+/// The run page of a vCPU: memory of the host's, which may change at any time.
 #[derive(Clone, Copy)]
+struct RunPage(&'static [AtomicU64; 512]);
+
+impl RunPage {
+    /// The entry half, copied.
+    fn entry(&self) -> Entry {
+        Entry::read(|i| self.0[ENTRY_OFFSET / 8 + i].load(Ordering::Relaxed))
+    }
+
+    /// Tells the host word `n` of the exit half.
+    fn tell(&self, n: usize, value: u64) {
+        self.0[EXIT_OFFSET / 8 + n].store(value, Ordering::Relaxed);
+    }
+}
+
+/// The vCPU that a CPU runs.
 struct Current {
     vm: &'static SpinMutex<Vm>,
     idx: u64,
-    run: Run,
+    config: Config,
+    context: &'static mut Context,
+    page: RunPage,
     used_lrs: usize,
     fp_loaded: bool,
     debug_loaded: bool,
@@ -130,16 +144,11 @@ impl Local {
 }
 
 impl Current {
-    fn context(&mut self) -> &mut Context {
-        // SAFETY: see `Contexts`; `&mut self` makes it one reference at a time.
-        unsafe { &mut *CONTEXTS.0[usize::from(self.run.context)].get() }
-    }
-
     /// The CPU gets the vCPU's debug registers, its context the host's, until
     /// the exit.
     fn load_debug(&mut self) {
-        mdcr_el2::write(MDCR);
-        self.context().debug.swap();
+        mdcr_el2::write(host::MDCR_EL2);
+        self.context.debug.swap();
         self.debug_loaded = true;
     }
 }
@@ -164,34 +173,44 @@ fn enter(
     let mut locked = vm.lock();
     locked.check_handle(handle)?;
     let run = locked.runnable(idx)?;
-    let word = |i| phys::read(run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64));
-    let entry = Entry::from_words(&core::array::from_fn(word));
-    let mut current = Current { vm, idx, run, used_lrs: 0, fp_loaded: false, debug_loaded: false };
-    let pending = match run.start {
-        Some(_) => Pending::Nothing,
-        None => current.context().pending,
-    };
-    let answer = exit::answer(pending, &entry)?;
-    let gic = &host::world().gic;
-    let implemented = if run.config.gic == 0 { 0 } else { vgic::list_registers(gic) };
+    let current = local.current.insert(Current {
+        vm,
+        idx,
+        config: run.config,
+        // SAFETY: see `Contexts`; the last one is not used any more.
+        context: unsafe { &mut *CONTEXTS.0[usize::from(run.context)].get() },
+        page: RunPage(phys::page(run.run_page)),
+        used_lrs: 0,
+        fp_loaded: false,
+        debug_loaded: false,
+    });
+    let entry = current.page.entry();
+    if run.start.is_some() {
+        // What its last life left open is nobody's business any more.
+        current.context.pending = Pending::Nothing;
+    }
+    let answer = exit::answer(&current.context.pending, &entry)?;
+    let vgic = &host::world().vgic;
+    let implemented = if run.config.gic == 0 { 0 } else { vgic.list_registers() };
     let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
     current.used_lrs = used_lrs;
     locked.take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
 
     #[cfg(feature = "leave-out")]
-    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(&run) } else { entry };
+    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(current.page) } else { entry };
     #[cfg(feature = "leave-out")]
     let cntvoff = cntvoff_el2::read();
     // Accepted: from here on things change.
     locked.enter(idx)?;
-    if pending == Pending::Hypercall {
+    if current.context.pending == Pending::Hypercall {
         let result = if let Answer::Results([x0, ..]) = answer { x0 } else { 0 };
         locked.cpu_on_answered(idx, result);
     }
     drop(locked);
-    let context = current.context();
-    context.pending = Pending::Nothing;
-    havmsi_core::left_out!(AnswerOnce => context.pending = pending);
+    let context = &mut *current.context;
+    if !havmsi_core::left_out!(AnswerOnce) {
+        context.pending = Pending::Nothing;
+    }
     if let Some(boot) = &run.start {
         context.start(boot);
         havmsi_core::left_out!(GuestEntry => if entry.gpr[0] != 0 { context.frame.elr = entry.gpr[0] });
@@ -208,7 +227,7 @@ fn enter(
     }
 
     local.host.save();
-    mdcr_el2::write(MDCR | MDCR_TDA);
+    mdcr_el2::write(host::MDCR_EL2 | MDCR_TDA);
     cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
     cnthctl_el2::write(CNTHCTL);
     cntvoff_el2::write(run.cntvoff);
@@ -216,18 +235,14 @@ fn enter(
     vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
     unsafe { scr_el3::write(host::SCR_GUEST) };
-    if gic.version() == 3 {
-        icc_sre_el2::write(ICC_SRE);
-    }
     if run.config.gic != 0 {
         let hcr = entry.ich_hcr & policy::HCR_ALLOWED;
-        vgic::load(gic, &context.vgic, hcr, &entry.lr, used_lrs);
+        vgic.load(&context.vgic, hcr, entry.lr.get(..used_lrs).unwrap_or(&entry.lr));
     } else if !havmsi_core::left_out!(CloseGic) {
-        vgic::close(gic);
+        vgic.close();
     }
-    // FEAT_RAS is hidden but can't be turned off: this is a guest's DISR_EL1, and
-    // would tell it what the last one left there.
-    if id_aa64pfr0_el1::read() >> 28 & 15 != 0 {
+    // This is a guest's DISR_EL1, and would tell it what the last one left there.
+    if host::world().ras {
         vdisr_el2::write(0);
     }
     let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
@@ -247,7 +262,6 @@ fn enter(
         *last = vcpu;
         tlb::flush_local_vcpu();
     }
-    local.current = Some(current);
     // SAFETY: the frame lies in a static, and is this CPU's alone until
     // `Vm::leave`, before which `leave` below sets the host's again.
     unsafe { this_cpu().resume_next(frame) };
@@ -256,10 +270,9 @@ fn enter(
 
 /// Reads the run page once more, after a while in which it can change.
 #[cfg(feature = "leave-out")]
-fn entry_again(run: &Run) -> Entry {
+fn entry_again(page: RunPage) -> Entry {
     (0..20_000).for_each(|_| core::hint::spin_loop());
-    let at = |i: usize| run.run_page.offset((ENTRY_OFFSET + 8 * i) as u64);
-    Entry::from_words(&core::array::from_fn(|i| phys::read(at(i))))
+    page.entry()
 }
 
 /// Carries out a guest's call as if it were the host's.
@@ -270,9 +283,7 @@ fn host_call_of_guest(frame: &mut Frame) -> bool {
     if havmsi_abi::Function::from_id(function).is_none() {
         return false;
     }
-    if let Some(results) = crate::dispatch::host_call(function, &args) {
-        frame.x[..6].copy_from_slice(&results);
-    }
+    frame.x[..6].copy_from_slice(&crate::dispatch::host_call(function, &args));
     true
 }
 
@@ -291,27 +302,27 @@ pub enum Cause {
 /// current world or makes the host that.
 pub fn guest_exit(cause: Cause) {
     this_cpu().with_local(|local| {
-        let Some(mut current) = local.current else {
+        let Some(current) = &mut local.current else {
             panic!("a guest without a vCPU");
         };
-        let frame = &mut current.context().frame;
+        let frame = &mut current.context.frame;
         let exit = if frame.spsr & spsr::MODE == spsr::EL2H {
             // Through EL2's vector, or interrupted on the way from there to its
             // `smc`: the exit is what EL2's registers say; an interrupt stays
             // pending.
             frame.elr = elr_el2::read();
             frame.spsr = spsr_el2::read();
-            decide(&mut current, esr_el2::read(), true)
+            decide(current, esr_el2::read(), true)
         } else {
             match cause {
-                Cause::Synchronous => decide(&mut current, esr_el3::read(), false),
+                Cause::Synchronous => decide(current, esr_el3::read(), false),
                 Cause::Interrupt => Some(Exit::default()),
                 Cause::SError => Some(Exit { class: ExitClass::SError, ..Exit::default() }),
             }
         };
-        match exit {
-            Some(exit) => leave(local, &mut current, exit),
-            None => local.current = Some(current),
+        if let Some(exit) = exit {
+            leave(&local.host, current, &exit);
+            local.current = None;
         }
     });
     if cause == Cause::Interrupt {
@@ -323,13 +334,13 @@ pub fn guest_exit(cause: Cause) {
 /// A synchronous exit with this syndrome: what the host gets; `None` to resume
 /// the guest.
 fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
-    let privileged = current.context().frame.spsr & spsr::MODE != 0;
+    let privileged = current.context.frame.spsr & spsr::MODE != 0;
     let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged, idx: current.idx };
     match syndrome.ec() {
         ec::FP if !through_el2 && !current.fp_loaded => {
             cptr_el3::write(host::CPTR_EL3);
             barrier::isb();
-            current.context().fp.load();
+            current.context.fp.load();
             current.fp_loaded = true;
             return None;
         }
@@ -340,10 +351,10 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
     }
     let (vm, idx) = (current.vm, current.idx);
     let is_ram = |ipa| vm.lock().is_ram(ipa);
-    let config = current.run.config;
-    let action = exit::decide(&syndrome, &current.context().frame.x, &config, is_ram);
+    let config = current.config;
+    let action = exit::decide(&syndrome, &current.context.frame.x, &config, is_ram);
     let debug_loaded = current.debug_loaded;
-    let context = current.context();
+    let context = &mut *current.context;
     match action {
         Action::Exit { exit, pending, step } => {
             if step {
@@ -365,7 +376,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
             let reply = hypercall::call(&mut vm.lock(), idx, [x0, x1, x2, x3], vms::random);
             let Some(answer) = reply else {
                 context.pending = Pending::Hypercall;
-                return Some(exit::hypercall_exit(&context.frame.x));
+                return Some(exit::hypercall_exit());
             };
             context.frame.x[..4].copy_from_slice(&answer);
         }
@@ -383,11 +394,17 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
     None
 }
 
-/// Back to the host, which gets `exit` and nothing else of the guest.
-fn leave(local: &mut Local, current: &mut Current, mut exit: Exit) {
+/// Back to the host, which learns why, and nothing else of the guest.
+fn leave(host_el1: &El1State, current: &mut Current, why: &Exit) {
     let (used, fp, debug) = (current.used_lrs, current.fp_loaded, current.debug_loaded);
-    let context = current.context();
-    vgic::save(&host::world().gic, &mut context.vgic, &mut exit, used);
+    let page = current.page;
+    let context = &mut *current.context;
+    let mut undelivered = 0;
+    host::world().vgic.save(&mut context.vgic, used, |n, lr| {
+        undelivered |= policy::pending_sgi(lr);
+        page.tell(WORDS_EXIT_CAUSE + 1 + n, lr);
+    });
+    page.tell(WORDS_EXIT_CAUSE, context.vgic.vmcr);
     context.el1.save();
     cptr_el3::write(host::CPTR_EL3);
     if fp {
@@ -399,14 +416,13 @@ fn leave(local: &mut Local, current: &mut Current, mut exit: Exit) {
     if debug {
         context.debug.swap();
     }
-    host::enter_again(&local.host);
-    local.current = None;
-    for (i, word) in havmsi_abi::exit_words(&exit).into_iter().enumerate() {
-        phys::write(current.run.run_page.offset((EXIT_OFFSET + 8 * i) as u64), word);
+    host::enter_again(host_el1);
+    let shown = exit::shown_registers(why.class, &context.frame.x);
+    for (n, word) in why.words(shown).into_iter().enumerate() {
+        page.tell(n, word);
     }
-    let undelivered = policy::pending_sgis(&exit.lr, used);
     current.vm.lock().leave(current.idx, undelivered);
     let cpu = this_cpu();
     cpu.resume_host_next();
-    cpu.with_host(|frame| frame.x[..4].copy_from_slice(&[0, exit.class as u64, 0, 0]));
+    cpu.with_host(|frame| frame.x[..4].copy_from_slice(&[0, why.class as u64, 0, 0]));
 }

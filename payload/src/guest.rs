@@ -6,7 +6,7 @@
 //! RAM: each is an exit with the value. Its exceptions are told the same way by
 //! [`VECTORS`], which skips the instruction.
 
-use havmsi_abi::{EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, Function, MAX_LRS};
+use havmsi_abi::{EXIT_OFFSET, Entry, EntryFlags, ExitClass, Function, MAX_LRS};
 
 use crate::gic;
 use crate::harness::Failure;
@@ -236,6 +236,23 @@ impl Vm {
         smc::until_done(Function::VmDestroy, &[self.handle], 100_000)?;
         Ok(())
     }
+}
+
+/// Why a vCPU stopped running, and what that shows, as its run page has it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Exit {
+    /// Why.
+    pub class: ExitClass,
+    /// `ESR_EL2` with the register number masked to 0.
+    pub esr: u64,
+    /// The faulting IPA in bytes.
+    pub ipa: u64,
+    /// The guest's `x0` to `x3` of a hypercall.
+    pub gpr: [u64; 4],
+    /// The value of a store or of a system register write.
+    pub data: u64,
+    /// 1 if the guest was at EL1, 0 at EL0.
+    pub mode: u64,
 }
 
 /// The virtual CPU interface after a run.

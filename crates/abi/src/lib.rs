@@ -16,7 +16,7 @@ mod run_page;
 
 pub use run_page::{
     ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Exit, ExitClass, MAX_LRS, WORDS_ENTRY,
-    WORDS_EXIT, exit_words,
+    WORDS_EXIT, WORDS_EXIT_CAUSE,
 };
 
 /// Major version; a host must refuse a monitor with another one.

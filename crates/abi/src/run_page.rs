@@ -11,7 +11,7 @@ pub const EXIT_OFFSET: usize = 0x800;
 /// 64-bit words of the entry half.
 pub const WORDS_ENTRY: usize = 8 + MAX_LRS;
 /// 64-bit words of the exit half.
-pub const WORDS_EXIT: usize = 10 + MAX_LRS;
+pub const WORDS_EXIT: usize = WORDS_EXIT_CAUSE + 1 + MAX_LRS;
 
 /// Bits of [`Entry::flags`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -59,11 +59,24 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Reads the words of the entry half.
-    #[must_use]
-    pub fn from_words(words: &[u64; WORDS_ENTRY]) -> Self {
-        let [flags, g0, g1, g2, g3, data, ich_hcr, nr_lr, lr @ ..] = *words;
-        Self { flags: EntryFlags(flags), gpr: [g0, g1, g2, g3], data, ich_hcr, nr_lr, lr }
+    /// Reads the entry half, each word once by its number. List registers that
+    /// are not in use are not read, and 0.
+    #[inline]
+    pub fn read(word: impl Fn(usize) -> u64) -> Self {
+        let mut lr = [0; MAX_LRS];
+        let nr_lr = word(7);
+        let used = usize::try_from(nr_lr).unwrap_or(usize::MAX);
+        for (n, lr) in lr.iter_mut().enumerate().take(used) {
+            *lr = word(8 + n);
+        }
+        Self {
+            flags: EntryFlags(word(0)),
+            gpr: [word(1), word(2), word(3), word(4)],
+            data: word(5),
+            ich_hcr: word(6),
+            nr_lr,
+            lr,
+        }
     }
 }
 
@@ -102,32 +115,26 @@ pub struct Exit {
     pub esr: u64,
     /// The faulting IPA in bytes (the page for [`ExitClass::Fault`]).
     pub ipa: u64,
-    /// The guest's `x0` to `x3` of a hypercall.
-    pub gpr: [u64; 4],
     /// The value of a store or of a system register write.
     pub data: u64,
     /// 1 if the guest was at EL1, 0 at EL0.
     pub mode: u64,
-    /// `ICH_VMCR_EL2` or `GICH_VMCR`: which interrupts the guest would take.
-    pub vmcr: u64,
-    /// The list registers that were in use: state and virtual INTID. The rest
-    /// is as it was, or 0.
-    pub lr: [u64; MAX_LRS],
 }
 
-/// The words of the exit half, in order.
-#[must_use]
-pub fn exit_words(exit: &Exit) -> [u64; WORDS_EXIT] {
-    let mut words = [0; WORDS_EXIT];
-    let values = [exit.class as u64, exit.esr, exit.ipa]
-        .into_iter()
-        .chain(exit.gpr)
-        .chain([exit.data, exit.mode, exit.vmcr])
-        .chain(exit.lr);
-    for (word, value) in words.iter_mut().zip(values) {
-        *word = value;
+/// Words of the exit half that tell why. Behind them are
+/// `ICH_VMCR_EL2` or `GICH_VMCR` (which interrupts the guest would take) and the
+/// list registers that were in use: state and virtual INTID.
+pub const WORDS_EXIT_CAUSE: usize = 9;
+
+impl Exit {
+    /// The first words of the exit half, in order; `gpr` are the guest's `x0` to
+    /// `x3` of a hypercall.
+    #[must_use]
+    #[inline]
+    pub const fn words(&self, gpr: [u64; 4]) -> [u64; WORDS_EXIT_CAUSE] {
+        let [g0, g1, g2, g3] = gpr;
+        [self.class as u64, self.esr, self.ipa, g0, g1, g2, g3, self.data, self.mode]
     }
-    words
 }
 
 #[cfg(test)]
@@ -140,22 +147,22 @@ mod tests {
         for (word, n) in words.iter_mut().zip(100..) {
             *word = n;
         }
-        let e = Entry::from_words(&words);
+        words[7] = 16;
+        let e = Entry::read(|i| words[i]);
         assert_eq!(e.flags.0, 100);
         assert_eq!(e.gpr, [101, 102, 103, 104]);
-        assert_eq!((e.data, e.ich_hcr, e.nr_lr), (105, 106, 107));
+        assert_eq!((e.data, e.ich_hcr, e.nr_lr), (105, 106, 16));
         assert_eq!((e.lr[0], e.lr[15]), (108, 123));
+        for used in [0, 1, 17, u64::MAX] {
+            words[7] = used;
+            let e = Entry::read(|i| words[i]);
+            assert_eq!((e.nr_lr, e.lr[0] != 0, e.lr[15] != 0), (used, used > 0, used > 15));
+        }
     }
 
     #[test]
     fn exit_words_follow_the_documented_offsets() {
-        let (class, gpr, lr) = (ExitClass::Wfx, [3, 4, 5, 6], [10; MAX_LRS]);
-        let exit = Exit { class, esr: 1, ipa: 2, gpr, data: 7, mode: 8, vmcr: 9, lr };
-        let words = exit_words(&exit);
-        assert_eq!(words[0], 6);
-        for (i, word) in words.iter().enumerate().take(10).skip(1) {
-            assert_eq!(*word, i as u64);
-        }
-        assert!(words[10..].iter().all(|w| *w == 10));
+        let exit = Exit { class: ExitClass::Wfx, esr: 1, ipa: 2, data: 7, mode: 8 };
+        assert_eq!(exit.words([3, 4, 5, 6]), [6, 1, 2, 3, 4, 5, 6, 7, 8]);
     }
 }

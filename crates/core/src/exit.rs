@@ -83,7 +83,9 @@ pub const fn sysreg(op0: u32, op1: u32, crn: u32, crm: u32, op2: u32) -> u32 {
 /// System registers that the policy names.
 mod reg {
     use super::sysreg;
+    pub const OSLAR_EL1: u32 = sysreg(2, 0, 1, 0, 4);
     pub const OSLSR_EL1: u32 = sysreg(2, 0, 1, 1, 4);
+    pub const OSDLR_EL1: u32 = sysreg(2, 0, 1, 3, 4);
     pub const ACTLR_EL1: u32 = sysreg(3, 0, 1, 0, 1);
     pub const ICC_SGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 5);
     pub const ICC_ASGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 6);
@@ -95,6 +97,19 @@ mod reg {
 }
 
 impl SysregAccess {
+    /// What a read gives of a register that no world has for itself; a write is
+    /// ignored. The OS lock is open (another one's would keep breakpoints from acting),
+    /// GICv3's system registers are on, ACTLR_EL1 holds nothing.
+    #[must_use]
+    pub const fn fixed(&self) -> Option<u64> {
+        match self.register {
+            reg::ICC_SRE_EL1 => Some(ICC_SRE),
+            reg::ACTLR_EL1 | reg::OSDLR_EL1 | reg::OSLAR_EL1 => Some(0),
+            reg::OSLSR_EL1 => Some(OSLSR),
+            _ => None,
+        }
+    }
+
     /// Decodes the ISS of an `MSR`/`MRS` trap.
     #[must_use]
     pub fn decode(esr: u64) -> Self {
@@ -145,8 +160,10 @@ pub fn write_register(x: &mut [u64; 31], rt: u8, value: u64) {
     }
 }
 
-/// A load or store by a single register, as a data abort's syndrome tells.
+/// A load or store by a single register, as a data abort's syndrome tells. It
+/// fills a word, and is copied as one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(align(8))]
 pub struct Access {
     /// The general register, 31 for `xzr`.
     pub rt: u8,
@@ -285,10 +302,10 @@ impl Syndrome {
     }
 }
 
-/// `ICC_SRE_EL1` as a guest sees it: SRE, DFB, DIB (the system register
+/// `ICC_SRE_EL1` as host and guests see it: SRE, DFB, DIB (the system register
 /// interface, always).
 const ICC_SRE: u64 = 0b111;
-/// `OSLSR_EL1` as a guest sees it: the OS lock is implemented (OSLM) and open.
+/// `OSLSR_EL1` as host and guests see it: the OS lock is implemented (OSLM) and open.
 const OSLSR: u64 = 1 << 3;
 
 /// Decides about a synchronous exit.
@@ -296,6 +313,7 @@ const OSLSR: u64 = 1 << 3;
 /// `x` are the guest's general registers, `is_ram` says whether the page at an
 /// IPA is declared RAM.
 #[must_use]
+#[inline]
 pub fn decide(
     s: &Syndrome,
     x: &[u64; 31],
@@ -338,11 +356,11 @@ fn decide_sysreg(s: &Syndrome, x: &[u64; 31], config: &Config, base: Exit) -> Ac
         reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 => {
             Action::Exit { exit: write, pending: Pending::SysregWrite, step: false }
         }
-        reg::ICC_SRE_EL1 => Action::Fixed { access, value: ICC_SRE },
-        reg::ACTLR_EL1 => Action::Fixed { access, value: 0 },
-        reg::OSLSR_EL1 => Action::Fixed { access, value: OSLSR },
-        _ if access.op0() == 2 => Action::Debug(access),
-        _ => Action::Inject(Injection::Undefined),
+        _ => match access.fixed() {
+            Some(value) => Action::Fixed { access, value },
+            None if access.op0() == 2 => Action::Debug(access),
+            None => Action::Inject(Injection::Undefined),
+        },
     }
 }
 
@@ -398,14 +416,16 @@ fn decide_abort(
 
 /// The exit that hands a PSCI call to the host.
 #[must_use]
-pub fn hypercall_exit(x: &[u64; 31]) -> Exit {
-    Exit {
-        class: ExitClass::Hvc,
-        esr: ec::HVC64 << EC_SHIFT | IL,
-        gpr: [x[0], x[1], x[2], x[3]],
-        mode: 1,
-        ..Exit::default()
-    }
+#[inline]
+pub const fn hypercall_exit() -> Exit {
+    Exit { class: ExitClass::Hvc, esr: ec::HVC64 << EC_SHIFT | IL, ipa: 0, data: 0, mode: 1 }
+}
+
+/// The general registers that an exit shows: a hypercall's first four.
+#[must_use]
+#[inline]
+pub fn shown_registers(class: ExitClass, x: &[u64; 31]) -> [u64; 4] {
+    if class == ExitClass::Hvc { [x[0], x[1], x[2], x[3]] } else { [0; 4] }
 }
 
 /// What an answer does to the guest.
@@ -431,7 +451,8 @@ pub enum Answer {
 /// # Errors
 /// [`Error::Invalid`] for unknown or several answers, or one that the last exit
 /// does not allow (T08, T09).
-pub fn answer(pending: Pending, entry: &Entry) -> Result<Answer, Error> {
+#[inline]
+pub fn answer(pending: &Pending, entry: &Entry) -> Result<Answer, Error> {
     let flags = entry.flags.0;
     if flags & !EntryFlags::ALL != 0 {
         return Err(Error::Invalid);
@@ -443,7 +464,7 @@ pub fn answer(pending: Pending, entry: &Entry) -> Result<Answer, Error> {
             Ok(Answer::Set { rt: access.rt, value: access.loaded(entry.data) })
         }
         (EntryFlags::COMPLETE, Pending::SysregRead { rt }) => {
-            Ok(Answer::Set { rt, value: entry.data })
+            Ok(Answer::Set { rt: *rt, value: entry.data })
         }
         (EntryFlags::COMPLETE, Pending::Store | Pending::SysregWrite) => {
             Ok(Answer::Set { rt: 31, value: 0 })

@@ -45,6 +45,7 @@ const fn allowed(gic: u64, lr: u64) -> bool {
 /// [`Error::Invalid`] if there are more than the CPU has, one holds what the
 /// guest can't expect (T19, T27), or two hold the same interrupt, which is
 /// unpredictable.
+#[inline]
 pub fn check(gic: u64, lrs: &[u64; MAX_LRS], nr: u64, implemented: usize) -> Result<usize, Error> {
     let used = crate::addr::index(nr);
     if used > implemented.min(MAX_LRS) && !left_out!(LrCount) {
@@ -62,8 +63,13 @@ pub fn check(gic: u64, lrs: &[u64; MAX_LRS], nr: u64, implemented: usize) -> Res
 /// The SGIs that are pending in the list registers in use, a bit each.
 #[must_use]
 pub fn pending_sgis(lrs: &[u64; MAX_LRS], used: usize) -> u16 {
-    let pending = |lr: &&u64| **lr & PENDING != 0 && **lr & INTID < FIRST_PPI;
-    lrs.iter().take(used).filter(pending).fold(0, |set, lr| set | 1 << (lr & INTID))
+    lrs.iter().take(used).fold(0, |set, lr| set | pending_sgi(*lr))
+}
+
+/// The SGI that is pending in a list register, as a bit.
+#[must_use]
+pub const fn pending_sgi(lr: u64) -> u16 {
+    if lr & PENDING != 0 && lr & INTID < FIRST_PPI { 1 << (lr & INTID) } else { 0 }
 }
 
 /// An SGI that a vCPU sends.

@@ -240,7 +240,7 @@ impl Vm {
     /// Whether the page at `ipa` is declared RAM.
     #[must_use]
     pub fn is_ram(&self, ipa: Ipa) -> bool {
-        self.ram.iter().any(|r| r.contains(ipa.0, PAGE_SIZE))
+        self.ram.iter().take_while(|r| r.size != 0).any(|r| r.contains(ipa.0, PAGE_SIZE))
     }
 
     /// `CNTVOFF_EL2` of all its vCPUs.
@@ -468,6 +468,7 @@ impl Vm {
     /// # Errors
     /// [`Error::Invalid`] if it does not exist, [`Error::State`] if the VM is
     /// not active or the vCPU off, [`Error::Busy`] if it runs.
+    #[inline(always)]
     pub fn runnable(&self, idx: u64) -> Result<Run, Error> {
         let vcpu = self.vcpus.get(index(idx)).filter(|vcpu| vcpu.exists).ok_or(Error::Invalid)?;
         self.in_phase(Phase::Active)?;
@@ -502,8 +503,12 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::Invalid`] if one was not sent to it.
+    #[inline]
     pub fn take_sgis(&mut self, idx: u64, set: u16) -> Result<(), Error> {
         left_out!(SgiSent => return Ok(()));
+        if set == 0 {
+            return Ok(());
+        }
         self.vcpu(idx)?.sgis.take(set)
     }
 
@@ -512,6 +517,7 @@ impl Vm {
     ///
     /// # Errors
     /// Those of [`Self::runnable`].
+    #[inline(always)]
     pub fn enter(&mut self, idx: u64) -> Result<Run, Error> {
         let run = self.runnable(idx)?;
         let vcpu = self.vcpu(idx)?;
@@ -527,7 +533,9 @@ impl Vm {
             && vcpu.running
         {
             vcpu.running = false;
-            vcpu.sgis.add(sgis);
+            if sgis != 0 {
+                vcpu.sgis.add(sgis);
+            }
         }
     }
 

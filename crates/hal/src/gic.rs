@@ -12,7 +12,7 @@ use crate::barrier;
 use crate::mmio::Registers;
 use crate::sysreg::{
     icc_acknowledge_group0, icc_eoir0_el1, icc_igrpen0_el1, icc_igrpen1_el3, icc_pmr_el1,
-    icc_sgi0r_el1, icc_sre_el1, icc_sre_el2, icc_sre_el3, ich_hcr_el2, ich_vmcr_el2, mpidr_el1,
+    icc_sgi0r_el1, icc_sre_el1, icc_sre_el2, icc_sre_el3, mpidr_el1,
 };
 
 /// The monitor's own software-generated interrupt.
@@ -187,12 +187,11 @@ impl Gic {
                 // The registers of the lower levels exist once those of the higher do.
                 icc_sre_el3::write(SRE_ALL);
                 barrier::isb();
-                icc_sre_el2::write(SRE_ALL);
+                // Without Enable: EL1's own trap, as they would change nothing.
+                icc_sre_el2::write(SRE_ALL & !8);
                 barrier::isb();
                 icc_sre_el1::write(SRE_ALL & !8);
                 barrier::isb();
-                ich_hcr_el2::write(0);
-                ich_vmcr_el2::write(0);
                 icc_pmr_el1::write(0xff);
                 icc_igrpen1_el3::write(0);
                 icc_igrpen0_el1::write(1);

@@ -56,6 +56,14 @@ pub fn write(pa: Pa, value: u64) {
     word(pa).store(value, Ordering::Relaxed);
 }
 
+/// The words of the page at `pa`.
+#[must_use]
+pub fn page(pa: Pa) -> &'static [AtomicU64; PAGE / 8] {
+    let at = with_exposed_provenance_mut::<[AtomicU64; PAGE / 8]>(address(pa, PAGE as u64));
+    // SAFETY: `address` checked that the aligned page is RAM; see `word`.
+    unsafe { &*at }
+}
+
 /// Cleans and invalidates the page at `pa` to the point of coherency.
 pub fn flush_page(pa: Pa) {
     cache::clean_invalidate(address(pa, PAGE as u64), PAGE);
@@ -66,17 +74,15 @@ pub fn flush_page(pa: Pa) {
 /// Before: lines that the old owner left dirty are overwritten in the cache.
 /// After: nothing of ours stays there, so the new owner may map it uncached.
 pub fn zero_page(pa: Pa) {
-    let at = with_exposed_provenance_mut::<[AtomicU64; PAGE / 8]>(address(pa, PAGE as u64));
-    // SAFETY: `address` checked that the aligned page is RAM; see `word`.
-    let words = unsafe { &*at };
-    words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    // SAFETY: `address` checked that it is a page of RAM; see `set_ram`.
+    unsafe { cache::zero_page(address(pa, PAGE as u64)) };
     flush_page(pa);
 }
 
 /// Copies the page at `pa`, as memory holds it.
 pub fn copy_page(pa: Pa, to: &mut [u8; PAGE]) {
     flush_page(pa);
-    for (at, bytes) in (0u64..).step_by(8).zip(to.chunks_exact_mut(8)) {
-        bytes.copy_from_slice(&read(pa.offset(at)).to_le_bytes());
+    for (word, bytes) in page(pa).iter().zip(to.as_chunks_mut().0) {
+        *bytes = word.load(Ordering::Relaxed).to_le_bytes();
     }
 }

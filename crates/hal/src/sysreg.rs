@@ -28,10 +28,11 @@ macro_rules! lower_level {
         /// Changes it; a context synchronisation event makes it effective.
         #[inline(always)]
         pub fn write(value: u64) {
-            // SAFETY: the register governs lower exception levels only.
+            // SAFETY: the register governs lower exception levels only; what EL3
+            // itself reads and writes may come before or after.
             unsafe {
                 asm!(concat!("msr ", encoding!($($register)*), ", {}"), in(reg) value,
-                     options(nostack, preserves_flags));
+                     options(nomem, nostack, preserves_flags));
             }
         }
     };
@@ -69,7 +70,7 @@ macro_rules! registers {
                 // SAFETY: reading this register has no side effect on memory.
                 unsafe {
                     asm!(concat!("mrs {}, ", encoding!($name $($asm)?)), out(reg) value,
-                         options(nostack, preserves_flags));
+                         options(nomem, nostack, preserves_flags));
                 }
                 value
             }

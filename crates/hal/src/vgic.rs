@@ -3,18 +3,19 @@
 //! chapter 5): list registers, active priorities, VMCR.
 
 use core::arch::asm;
-use core::iter::repeat;
 
-use havmsi_abi::{Exit, MAX_LRS};
+use havmsi_abi::MAX_LRS;
 use havmsi_core::addr::low32;
 
 use crate::gic::Gic;
+use crate::mmio::Registers;
 use crate::sysreg::{ich_hcr_el2, ich_vmcr_el2, ich_vtr_el2};
 
 /// What a vCPU keeps of the interface between its runs.
 #[derive(Clone, Copy, Debug)]
 pub struct VgicState {
-    vmcr: u64,
+    /// `ICH_VMCR_EL2` or `GICH_VMCR`.
+    pub vmcr: u64,
     /// Active priorities: four of group 0, four of group 1. GICv2 has but one.
     apr: [u64; 8],
 }
@@ -26,6 +27,7 @@ impl VgicState {
 
 macro_rules! numbered {
     ($read:ident, $write:ident; $($n:literal = $asm:literal)*) => {
+        #[inline(always)]
         fn $read(n: usize) -> u64 {
             let value: u64;
             match n {
@@ -40,12 +42,13 @@ macro_rules! numbered {
             value
         }
 
+        #[inline(always)]
         fn $write(n: usize, value: u64) {
             match n {
                 $($n => {
                     // SAFETY: the register acts on the lower levels' virtual interrupts only.
                     unsafe {
-                        asm!(concat!("msr ", $asm, ", {}"), in(reg) value, options(nostack, preserves_flags));
+                        asm!(concat!("msr ", $asm, ", {}"), in(reg) value, options(nomem, nostack, preserves_flags));
                     }
                 })*
                 _ => {}
@@ -84,69 +87,102 @@ fn from_gich(lr: u32) -> u64 {
     u64::from(lr >> 28 & 3) << 62 | u64::from(lr & 0x1fff)
 }
 
-/// `ICH_VTR_EL2` or `GICH_VTR`.
-#[must_use]
-pub fn vtr(gic: &Gic) -> u64 {
-    gic.gich().map_or_else(ich_vtr_el2::read, |gich| gich.read32(GICH_VTR).into())
-}
-
-/// List registers that the CPU has (ListRegs + 1).
-#[must_use]
-pub fn list_registers(gic: &Gic) -> usize {
-    usize::from(vtr(gic).to_le_bytes()[0] & 0x3f) + 1
-}
-
-/// The active priority registers that there are: of each group 2^(PREbits - 5)
-/// for PREbits of 5 to 7.
-fn active_priority_registers() -> impl Iterator<Item = usize> {
-    let prebits = (ich_vtr_el2::read() >> 26 & 7) + 1;
-    (0..8).filter(move |n| n % 4 < 1 << prebits.saturating_sub(5).min(2))
-}
-
 /// `ICH_HCR_EL2`: the registers that both groups share (TC), those of group 0
 /// and of group 1 (TALL0, TALL1) trap.
 const HCR_TRAP_ALL: u64 = 0b111 << 10;
 
-/// Takes GICv3's interface away from a guest that has none: it would find what
-/// the last one left there. GICv2's is mapped into those that have one.
-pub fn close(gic: &Gic) {
-    if gic.gich().is_none() {
-        ich_hcr_el2::write(HCR_TRAP_ALL);
-    }
+/// The virtual CPU interface of all CPUs. Between two runs its list registers are empty.
+pub struct Vgic {
+    gich: Option<Registers>,
+    vtr: u64,
 }
 
-/// Loads the interface for a run: checked list registers, the first `used` of
-/// `lr`; the others are emptied.
-pub fn load(gic: &Gic, state: &VgicState, hcr: u64, lr: &[u64; MAX_LRS], used: usize) {
-    let all = lr.iter().copied().take(used).chain(repeat(0));
-    let lrs = all.take(list_registers(gic)).enumerate();
-    if let Some(gich) = gic.gich() {
-        gich.write32(GICH_VMCR, low32(state.vmcr));
-        gich.write32(GICH_APR, low32(state.apr[0]));
-        lrs.for_each(|(n, lr)| gich.write32(GICH_LR + 4 * n, to_gich(lr)));
-        gich.write32(GICH_HCR, low32(hcr));
-        return;
+impl Vgic {
+    /// The one that goes with `gic`.
+    #[must_use]
+    pub fn new(gic: &Gic) -> Self {
+        let gich = gic.gich();
+        let vtr = gich.map_or_else(ich_vtr_el2::read, |gich| gich.read32(GICH_VTR).into());
+        Self { gich, vtr }
     }
-    ich_vmcr_el2::write(state.vmcr);
-    active_priority_registers().for_each(|n| write_apr(n, state.apr[n]));
-    lrs.for_each(|(n, lr)| write_lr(n, lr));
-    ich_hcr_el2::write(hcr);
-}
 
-/// Turns the interface off after a run and takes it out, into `exit` what the
-/// host gets.
-pub fn save(gic: &Gic, state: &mut VgicState, exit: &mut Exit, used: usize) {
-    let lrs = exit.lr.iter_mut().enumerate().take(used);
-    if let Some(gich) = gic.gich() {
-        gich.write32(GICH_HCR, 0);
-        state.vmcr = gich.read32(GICH_VMCR).into();
-        state.apr[0] = gich.read32(GICH_APR).into();
-        lrs.for_each(|(n, lr)| *lr = from_gich(gich.read32(GICH_LR + 4 * n)));
-    } else {
-        ich_hcr_el2::write(0);
-        state.vmcr = ich_vmcr_el2::read();
-        active_priority_registers().for_each(|n| state.apr[n] = read_apr(n));
-        lrs.for_each(|(n, lr)| *lr = read_lr(n));
+    /// `ICH_VTR_EL2` or `GICH_VTR`.
+    #[must_use]
+    pub const fn vtr(&self) -> u64 {
+        self.vtr
     }
-    exit.vmcr = state.vmcr;
+
+    /// List registers that a CPU has (ListRegs + 1).
+    #[must_use]
+    pub fn list_registers(&self) -> usize {
+        usize::from(self.vtr.to_le_bytes()[0] & 0x3f) + 1
+    }
+
+    /// Calls `f` with each active priority register that there is: of each group
+    /// 2^(PREbits - 5) for PREbits of 5 to 7.
+    #[inline(always)]
+    fn active_priority_registers(&self, mut f: impl FnMut(usize)) {
+        let prebits = (self.vtr >> 26 & 7) + 1;
+        f(0);
+        f(4);
+        if prebits > 5 {
+            f(1);
+            f(5);
+        }
+        if prebits > 6 {
+            [2, 6, 3, 7].into_iter().for_each(f);
+        }
+    }
+
+    /// Empties this CPU's interface: its registers may hold anything after power-off.
+    pub fn init_cpu(&self) {
+        let lrs = [0; MAX_LRS];
+        self.load(&VgicState::RESET, 0, &lrs[..self.list_registers().min(MAX_LRS)]);
+    }
+
+    /// Takes GICv3's interface away from a guest that has none: it would find what
+    /// the last one left there. GICv2's is mapped into those that have one.
+    pub fn close(&self) {
+        if self.gich.is_none() {
+            ich_hcr_el2::write(HCR_TRAP_ALL);
+        }
+    }
+
+    /// Loads the interface for a run, with these checked list registers in use.
+    pub fn load(&self, state: &VgicState, hcr: u64, lrs: &[u64]) {
+        let lrs = lrs.iter().copied().enumerate();
+        if let Some(gich) = self.gich {
+            gich.write32(GICH_VMCR, low32(state.vmcr));
+            gich.write32(GICH_APR, low32(state.apr[0]));
+            lrs.for_each(|(n, lr)| gich.write32(GICH_LR + 4 * n, to_gich(lr)));
+            gich.write32(GICH_HCR, low32(hcr));
+        } else {
+            ich_vmcr_el2::write(state.vmcr);
+            self.active_priority_registers(|n| write_apr(n, state.apr[n]));
+            lrs.for_each(|(n, lr)| write_lr(n, lr));
+            ich_hcr_el2::write(hcr);
+        }
+    }
+
+    /// Turns the interface off after a run, takes it out and empties the first
+    /// `used` list registers; `take` gets what the host gets of each.
+    pub fn save(&self, state: &mut VgicState, used: usize, mut take: impl FnMut(usize, u64)) {
+        if let Some(gich) = self.gich {
+            gich.write32(GICH_HCR, 0);
+            state.vmcr = gich.read32(GICH_VMCR).into();
+            state.apr[0] = gich.read32(GICH_APR).into();
+            for n in 0..used {
+                take(n, from_gich(gich.read32(GICH_LR + 4 * n)));
+                gich.write32(GICH_LR + 4 * n, 0);
+            }
+        } else {
+            ich_hcr_el2::write(0);
+            state.vmcr = ich_vmcr_el2::read();
+            self.active_priority_registers(|n| state.apr[n] = read_apr(n));
+            for n in 0..used {
+                take(n, read_lr(n));
+                write_lr(n, 0);
+            }
+        }
+    }
 }

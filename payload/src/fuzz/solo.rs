@@ -3,12 +3,12 @@
 //! call the answer is known, and of each page where it is. Its guest verifies
 //! its memory and registers (`guests::fuzz_keeper`).
 
-use havmsi_abi::{EntryFlags, Exit, ExitClass, Function, PAGE_SIZE};
+use havmsi_abi::{EntryFlags, ExitClass, Function, PAGE_SIZE};
 
 use super::guests::FOUND;
 use super::world::{self, Known, LAST_WORD};
 use super::{Cpu, guests, host, index};
-use crate::guest::{PORT, RAM, VECTORS_AT, Vcpu};
+use crate::guest::{Exit, PORT, RAM, VECTORS_AT, Vcpu};
 use crate::harness::{Failure, Outcome};
 use crate::memory::{self, PATTERN};
 use crate::smc::{AGAIN, DENIED, INVALID, NO_SLOT, Refusal, STATE};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Exits of a guest: what the host sees, what it may answer.
 
-use havmsi_abi::{EntryFlags, Exit, ExitClass, Function};
+use havmsi_abi::{EntryFlags, ExitClass, Function};
 
-use crate::guest::{FREE, IPA_BITS, PORT, Vcpu, Vm, spin};
+use crate::guest::{Exit, FREE, IPA_BITS, PORT, Vcpu, Vm, spin};
 use crate::harness::{Outcome, gic3};
 use crate::memory::{self, PATTERN};
 use crate::smc::INVALID;

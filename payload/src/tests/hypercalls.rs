@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a guest may call: answers of the monitor, and calls that reach the host.
 
-use havmsi_abi::{EntryFlags, Exit, ExitClass, FUNCTION_BASE, Function, UID};
+use havmsi_abi::{EntryFlags, ExitClass, FUNCTION_BASE, Function, UID};
 
-use crate::guest::{RAM, Vcpu, Vm};
+use crate::guest::{Exit, RAM, Vcpu, Vm};
 use crate::harness::{Failure, Outcome};
 use crate::smc::{STATE, host, psci};
 use crate::{ensure, expect, guest_program, test};

@@ -3,10 +3,10 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use havmsi_abi::{Exit, ExitClass, Function};
+use havmsi_abi::{ExitClass, Function};
 
 use crate::cpu::STOP;
-use crate::guest::{FREE, Vcpu, Vm, spin};
+use crate::guest::{Exit, FREE, Vcpu, Vm, spin};
 use crate::harness::{Outcome, several_cpus};
 use crate::memory;
 use crate::smc::{AGAIN, BUSY, DENIED, INVALID, STATE, host, until_done};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A guest's time.
 
-use havmsi_abi::{Exit, Function};
+use havmsi_abi::Function;
 
-use crate::guest::{Vcpu, Vm};
+use crate::guest::{Exit, Vcpu, Vm};
 use crate::harness::{Failure, Outcome};
 use crate::smc::host;
 use crate::{cpu, ensure, exception, expect, guest_program, harness, mrs, msr, smc, test};

@@ -3,9 +3,9 @@
 
 use core::sync::atomic::Ordering;
 
-use havmsi_abi::{Exit, ExitClass, Function};
+use havmsi_abi::{ExitClass, Function};
 
-use crate::guest::{FREE, IPA_BITS, PORT, RAM, Vcpu, Vm, nothing, vectors};
+use crate::guest::{Exit, FREE, IPA_BITS, PORT, RAM, Vcpu, Vm, nothing, vectors};
 use crate::harness::{Failure, Outcome, several_cpus};
 use crate::memory::{self, RAM_BASE, take};
 use crate::{cpu, ensure, expect, gic, guest_program, mrs, msr, test};

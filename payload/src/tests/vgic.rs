@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Virtual interrupts.
 
-use havmsi_abi::{EntryFlags, Exit, ExitClass, Function};
+use havmsi_abi::{EntryFlags, ExitClass, Function};
 
 use crate::gic;
-use crate::guest::{PORT, RAM, Vcpu, Vm};
+use crate::guest::{Exit, PORT, RAM, Vcpu, Vm};
 use crate::harness::{Failure, Outcome, gic2, gic3};
 use crate::memory;
 use crate::smc::{self, DENIED, INVALID, Refusal, host};
