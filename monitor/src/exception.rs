@@ -116,7 +116,9 @@ fn other_call(function: u32) {
     if function & havmsi_core::psci::id::SMC64 == 0 {
         args = args.map(|arg| u64::from(low32(arg)));
     }
-    if let Some(result) = psci::call(function, &args) {
+    if Function::from_id(function).is_none()
+        && let Some(result) = psci::call(function, &args)
+    {
         cpu.with_host(|frame| frame.x[0] = result);
     } else {
         let results = dispatch::host_call(function, &args);

@@ -125,14 +125,11 @@ impl SentSgis {
     /// None.
     pub const NONE: Self = Self([0; 16]);
 
-    /// The counts of the SGIs in the set.
-    fn of(&mut self, set: u16) -> impl Iterator<Item = &mut u8> {
-        (0..).zip(&mut self.0).filter(move |(id, _)| set >> id & 1 != 0).map(|(_, count)| count)
-    }
-
     /// One more of each in the set was sent, or is still pending after a run.
     pub fn add(&mut self, set: u16) {
-        self.of(set).for_each(|count| *count = count.saturating_add(1));
+        for id in bits(set.into()) {
+            self.0[id] = self.0[id].saturating_add(1);
+        }
     }
 
     /// Takes one of each in the set, for a run.
@@ -140,12 +137,21 @@ impl SentSgis {
     /// # Errors
     /// [`Error::Invalid`] if one was not sent; then none is taken.
     pub fn take(&mut self, set: u16) -> Result<(), Error> {
-        if self.of(set).any(|count| *count == 0) {
+        if bits(set.into()).any(|id| self.0[id] == 0) {
             return Err(Error::Invalid);
         }
-        self.of(set).for_each(|count| *count -= 1);
+        bits(set.into()).for_each(|id| self.0[id] -= 1);
         Ok(())
     }
+}
+
+/// The bits that are set, lowest first.
+pub(crate) fn bits(mut set: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let bit = (set != 0).then_some(set.trailing_zeros() as usize);
+        set &= set.wrapping_sub(1);
+        bit
+    })
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use crate::launch::{Boot, Config, Digest, Launch};
 use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::psci::{self, Power};
 use crate::ram::Range;
-use crate::vgic::{SentSgis, Sgi};
+use crate::vgic::{SentSgis, Sgi, bits};
 
 /// What a VM's transitions work on.
 pub trait Machine {
@@ -494,8 +494,8 @@ impl Vm {
 
     /// A vCPU sends an SGI.
     pub fn send_sgi(&mut self, sgi: Sgi) {
-        for (_, vcpu) in (0..).zip(&mut self.vcpus).filter(|(i, _)| sgi.targets >> i & 1 != 0) {
-            vcpu.sgis.add(sgi.id);
+        for i in bits(sgi.targets) {
+            self.vcpus[i].sgis.add(sgi.id);
         }
     }
 
@@ -506,9 +506,6 @@ impl Vm {
     #[inline]
     pub fn take_sgis(&mut self, idx: u64, set: u16) -> Result<(), Error> {
         left_out!(SgiSent => return Ok(()));
-        if set == 0 {
-            return Ok(());
-        }
         self.vcpu(idx)?.sgis.take(set)
     }
 
@@ -533,9 +530,7 @@ impl Vm {
             && vcpu.running
         {
             vcpu.running = false;
-            if sgis != 0 {
-                vcpu.sgis.add(sgis);
-            }
+            vcpu.sgis.add(sgis);
         }
     }
 

@@ -610,9 +610,11 @@ void havmsi_vm_free(struct kvm *kvm)
 void havmsi_timer_load(u64 cntvoff)
 {
 	struct kvm_vcpu *vcpu = kvm_get_running_vcpu();
+	struct arm_smccc_res res;
 	u64 handle = 0;
 
 	if (cntvoff && vcpu)
 		handle = READ_ONCE(vcpu->kvm->arch.havmsi->handle);
-	WARN_ON_ONCE(havmsi_call(HAVMSI_FN_TIMER_LOAD, handle, 0, 0, 0, NULL));
+	arm_smccc_1_1_smc(HAVMSI_FN_TIMER_LOAD, handle, &res);
+	WARN_ON_ONCE(res.a0);
 }
