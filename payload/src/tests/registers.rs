@@ -583,6 +583,31 @@ fn watch_itself(vcpu: &mut Vcpu) -> Outcome {
     vcpu.end()
 }
 
+guest_program!(
+    claimer,
+    "1: mrs x1, dbgclaimclr_el1",
+    "str x1, [x20]",
+    "mov x1, #0x5a",
+    "msr dbgclaimset_el1, x1",
+    "b 1b"
+);
+
+/// Claim tags: eight bits that one world leaves for itself.
+fn claim_tags() -> Outcome {
+    msr!("dbgclaimset_el1", 0xa5);
+    let before = mrs!("dbgclaimclr_el1");
+    for _ in 0..2 {
+        let (vm, mut vcpu) = Vm::launch(claimer(), [0; 4])?;
+        expect!(vcpu.report(0)?, 0);
+        expect!(vcpu.report(0)?, 0x5a);
+        expect!(mrs!("dbgclaimclr_el1"), before);
+        vm.destroy()?;
+    }
+    msr!("dbgclaimclr_el1", 0xff);
+    Ok(())
+}
+test!(claim_tags, "T07 T08");
+
 guest_program!(count, "1: isb", "mrs x1, cntvct_el0", "str x1, [x20]", "b 1b");
 
 /// The guest's counter: from 0 at the VM's making, never back, whatever the
