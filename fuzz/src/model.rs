@@ -382,6 +382,8 @@ impl Model {
         ram.sort_unstable();
         let mut numbers = vec![vm.bits, vm.gic, vm.max_vcpus, ram.len() as u64];
         numbers.extend(ram.into_iter().flat_map(|(base, size)| [base, size]));
+        let first = vm.devices.first().copied().unwrap_or(0);
+        numbers.extend([first, vm.devices.last().map_or(0, |last| last + PAGE_SIZE - first)]);
         for (idx, vcpu) in &vm.vcpus {
             if let Some((pc, x)) = vcpu.boot {
                 numbers.extend([*idx, pc]);

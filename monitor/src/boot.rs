@@ -25,7 +25,7 @@ const PEN_WAITING: u64 = 0x57a1;
 /// In a pen: the CPU may come in.
 const PEN_GO: u64 = 0x60;
 /// In the pen behind the last CPU's, which no reset clears: VMs ran since
-/// power-on. A random number.
+/// power-on. A random number. The next word counts starts.
 const VMS_RAN: u64 = 0x93d6_1c5f_a07e_4b28;
 type Pen = [AtomicU64; 1 << (PEN_SHIFT - 3)];
 
@@ -104,8 +104,12 @@ fn first() -> ! {
         gic.version(),
         if facts.seed.is_some() { "seeded" } else { "no seed" }
     );
+    // QEMU gives the same seed after each reset: the number of the start makes it
+    // another, or the host could see beforehand what a guest will draw.
+    let starts = pen(MAX_CPUS)[1].load(Ordering::Relaxed).wrapping_add(1);
+    set_pen(MAX_CPUS, 1, starts);
     if let Some(seed) = &facts.seed {
-        vms::seed(seed);
+        vms::seed(seed, starts);
     }
     if pen(MAX_CPUS)[0].load(Ordering::Relaxed) == VMS_RAN {
         wipe(&facts, Range { base: dtb, size: facts.images });
@@ -138,24 +142,24 @@ fn pen(number: usize) -> &'static Pen {
     unsafe { &PENS[number] }
 }
 
-/// Sets the word for those that read it with caches off, and after a reset.
-fn set_pen(number: usize, value: u64) {
+/// Sets a word for those that read it with caches off, and after a reset.
+fn set_pen(number: usize, word: usize, value: u64) {
     let pen = pen(number);
-    pen[0].store(value, Ordering::Release);
+    pen[word].store(value, Ordering::Release);
     cache::clean_invalidate(ptr::from_ref(pen).addr(), size_of_val(pen));
 }
 
 /// Opens the pen of a CPU that was there at reset. No effect once it is in.
 pub fn let_in(cpu: usize) {
     if platform::PEN {
-        set_pen(cpu, PEN_GO);
+        set_pen(cpu, 0, PEN_GO);
         barrier::sev();
     }
 }
 
 /// A VM is made: should a reset come before it is destroyed, RAM holds what it left.
 pub fn vms_ran() {
-    set_pen(MAX_CPUS, VMS_RAN);
+    set_pen(MAX_CPUS, 0, VMS_RAN);
 }
 
 /// Clears what VMs of an earlier life left in RAM: all but the images, which the
@@ -169,5 +173,5 @@ fn wipe(facts: &Facts, images: Range) {
         let left = pages.filter(|page| !images.contains(*page, PAGE_SIZE));
         left.for_each(|page| phys::zero_page(Pa(page)));
     }
-    set_pen(MAX_CPUS, 0);
+    set_pen(MAX_CPUS, 0, 0);
 }

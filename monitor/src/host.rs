@@ -11,6 +11,8 @@ use havmsi_core::launch::Boot;
 use havmsi_core::page::Pages;
 use havmsi_core::stage2::{self, Entry};
 use havmsi_core::vm::Machine as Transitions;
+use havmsi_hal::debug::DebugState;
+use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::gic::Gic;
 use havmsi_hal::machine::Machine;
 use havmsi_hal::smmu::Smmu;
@@ -226,6 +228,10 @@ pub fn enter(boot: &Boot) {
     havmsi_core::left_out!(HostStage2 => if this_cpu().number() != 0 { havmsi_hal::sysreg::hcr_el2::write(HCR & !1) });
     cntv_ctl_el0::write(0);
     cntp_ctl_el0::write(0);
+    // A warm reset need not clear these: a guest may have had them.
+    FpState::RESET.load();
+    let mut debug = DebugState::RESET;
+    debug.swap();
     // Nothing of before the reset is left in the TLB or instruction cache.
     tlb::invalidate_local_all();
     cache::invalidate_icache_all();

@@ -334,7 +334,7 @@ pub fn guest_exit(cause: Cause) {
 /// A synchronous exit with this syndrome: what the host gets; `None` to resume
 /// the guest.
 fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
-    let privileged = current.context.frame.spsr & spsr::MODE != 0;
+    let privileged = current.context.frame.spsr & spsr::EL != 0;
     let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged, idx: current.idx };
     match syndrome.ec() {
         ec::FP if !through_el2 && !current.fp_loaded => {

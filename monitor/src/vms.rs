@@ -20,9 +20,10 @@ static TAKEN: [AtomicBool; MAX_VCPUS] = [const { AtomicBool::new(false) }; MAX_V
 
 static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::new());
 
-/// Feeds the generator with the platform's seed, once, at boot.
-pub fn seed(seed: &[u8; 32]) {
-    RANDOM.lock().seed(seed);
+/// Feeds the generator with the platform's seed and the number of this start,
+/// once, at boot.
+pub fn seed(seed: &[u8; 32], start: u64) {
+    RANDOM.lock().seed(seed, start);
 }
 
 /// Random words for a guest; `None` without a seed.

@@ -30,6 +30,22 @@ guest_program!(
     "b 2b"
 );
 
+guest_program!(
+    asker,
+    "hvc #0",
+    "str x1, [x20, #0x200]",
+    "str x2, [x20, #0x208]",
+    "str x3, [x20, #0x210]"
+);
+
+/// What the monitor's random generator gives a guest.
+fn random() -> Result<[u64; 3], Failure> {
+    let (vm, mut vcpu) = Vm::launch(asker(), [smc::psci::TRNG_RND_64, 192, 0, 0])?;
+    let words = [vcpu.report(0x200)?, vcpu.report(0x208)?, vcpu.report(0x210)?];
+    vm.destroy()?;
+    Ok(words)
+}
+
 fn next(value: u64) -> u64 {
     value.wrapping_mul(FACTOR).wrapping_add(FACTOR)
 }
@@ -52,16 +68,20 @@ fn plant() -> Outcome {
         vm.map(FREE + page * 4096)?;
     }
     vcpu.report(0x200)?;
+    println!("@planted {{\"pages\":{PAGES}}}");
     Ok(())
 }
 
-/// Says how much of the earlier life's guest is in RAM, leaves a guest, and
-/// resets the machine.
+/// Says how much of the earlier life's guest is in RAM and what random numbers a
+/// guest gets, leaves a guest, and resets the machine.
 pub fn life() -> ! {
-    println!("@life {{\"found\":{}}}", found());
-    match plant() {
-        Ok(()) => println!("@planted {{\"pages\":{PAGES}}}"),
-        Err(failure) => println!("@panic {{\"detail\":\"{failure}\"}}"),
+    let found = found();
+    let outcome = random().and_then(|[a, b, c]| {
+        println!("@life {{\"found\":{found},\"random\":\"{a:016x}{b:016x}{c:016x}\"}}");
+        plant()
+    });
+    if let Err(failure) = outcome {
+        println!("@panic {{\"detail\":\"{failure}\"}}");
     }
     smc::call([smc::psci::SYSTEM_RESET, 0, 0, 0, 0, 0, 0, 0]);
     smc::power_off()

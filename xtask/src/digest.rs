@@ -286,8 +286,11 @@ pub fn compute(ctx: &Ctx, args: &Args) -> Result<String> {
         Config { ipa_bits: args.ipa_bits, gic: args.gic.into(), max_vcpus: args.vcpus.into() };
     // QEMU's flash banks are no RAM to KVM, which takes no read-only memory under the monitor.
     let ranges = [Range { base: RAM_BASE, size: args.mem << 20 }];
+    // The CPU interface that the device tree tells of, where KVM has the GICv2's mapped.
+    let interface = Range { base: 0x0801_0000, size: 0x2000 };
+    let devices = if args.gic == 2 { interface } else { Range::default() };
     let boot = Boot { pc: RAM_BASE, x: [0; 4] };
-    Ok(hex(&launch.digest(&config, ranges.iter(), std::iter::once((0, boot)))))
+    Ok(hex(&launch.digest(&config, ranges.iter(), &devices, std::iter::once((0, boot)))))
 }
 
 /// The `digest` verb.

@@ -35,7 +35,7 @@ fn config(ctx: &Ctx, words: &str, leave_out: &str) -> Result<Config> {
     Ok(config)
 }
 
-/// Pages of the first life's guest that the second one finds.
+/// Pages of the first life's guest that the second one finds. Its random numbers are others.
 fn found_after_reset(ctx: &Ctx, leave_out: &str, limit: Duration) -> Result<u64> {
     let dir = ctx.log_dir.join(format!("reset-{leave_out}"));
     let mut config = config(ctx, "--life", leave_out)?;
@@ -54,7 +54,9 @@ fn found_after_reset(ctx: &Ctx, leave_out: &str, limit: Duration) -> Result<u64>
                 match word {
                     "@life" => {
                         let event: Value = serde_json::from_str(json)?;
-                        lives.push(event["found"].as_u64().context("a broken line")?);
+                        let random = event["random"].as_str().context("a broken line")?;
+                        let found = event["found"].as_u64().context("a broken line")?;
+                        lives.push((found, random.to_owned()));
                     }
                     "@planted" => planted += 1,
                     "@panic" => bail!("the payload: {json}"),
@@ -67,20 +69,23 @@ fn found_after_reset(ctx: &Ctx, leave_out: &str, limit: Duration) -> Result<u64>
         if let Some(line) = machine::epitaph(&machine.monitor_log()) {
             return Err(machine.report(&format!("the monitor stopped: {line}")));
         }
-        if let [first, second] = lives[..] {
-            if first != 0 || planted != 1 {
+        if let [(first, old), (second, new)] = &lives[..] {
+            if *first != 0 || planted != 1 {
                 bail!("the first life found {first} pages; {planted} guests were left");
+            }
+            if old == new {
+                bail!("guests get the same random numbers after a reset: {new}");
             }
             let cleared = machine.monitor_log().matches("RAM is cleared").count();
             if cleared != usize::from(leave_out.is_empty()) {
                 bail!("the monitor says {cleared} times that it cleared RAM");
             }
-            return Ok(second);
+            return Ok(*second);
         }
     }
 }
 
-/// Nothing of a guest is left after a reset; without the check it is.
+/// Nothing of a guest is left after a reset, without the check it is; random numbers don't repeat.
 pub fn reset(ctx: &Ctx, limit: Duration) -> Result<String> {
     let without = found_after_reset(ctx, "Wipe", limit / 2)?;
     if without == 0 {

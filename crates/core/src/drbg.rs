@@ -28,12 +28,13 @@ impl Drbg {
         Self { key: None }
     }
 
-    /// Adds entropy.
-    pub fn seed(&mut self, seed: &[u8; 32]) {
+    /// Adds entropy; of the same seed, another `start` makes another state.
+    pub fn seed(&mut self, seed: &[u8; 32], start: u64) {
         let mut hash = Sha256::new();
         hash.update(b"HA-VMSI seed");
         hash.update(self.key.unwrap_or_default());
         hash.update(seed);
+        hash.update(start.to_le_bytes());
         self.key = Some(hash.finalize().into());
     }
 
@@ -54,16 +55,16 @@ mod tests {
         let mut d = Drbg::new();
         assert!(d.random().is_none());
         assert!(d.random().is_none());
-        d.seed(&[1; 32]);
+        d.seed(&[1; 32], 1);
         assert!(d.random().is_some());
     }
 
     #[test]
     fn outputs_differ_and_follow_the_seed() {
         let (mut a, mut b, mut c) = (Drbg::new(), Drbg::new(), Drbg::new());
-        a.seed(&[1; 32]);
-        b.seed(&[1; 32]);
-        c.seed(&[2; 32]);
+        a.seed(&[1; 32], 1);
+        b.seed(&[1; 32], 1);
+        c.seed(&[2; 32], 1);
         let first = a.random();
         assert_eq!(first, b.random());
         assert_ne!(first, c.random());
@@ -71,20 +72,28 @@ mod tests {
     }
 
     #[test]
+    fn a_seed_gives_other_numbers_at_each_start() {
+        let (mut a, mut b) = (Drbg::new(), Drbg::new());
+        a.seed(&[1; 32], 1);
+        b.seed(&[1; 32], 2);
+        assert_ne!(a.random(), b.random());
+    }
+
+    #[test]
     fn a_second_seed_adds_to_the_first() {
         let (mut a, mut b) = (Drbg::new(), Drbg::new());
-        a.seed(&[1; 32]);
-        b.seed(&[2; 32]);
-        a.seed(&[3; 32]);
-        b.seed(&[3; 32]);
+        a.seed(&[1; 32], 1);
+        b.seed(&[2; 32], 1);
+        a.seed(&[3; 32], 1);
+        b.seed(&[3; 32], 1);
         assert_ne!(a.random(), b.random());
         // What is too short changes nothing.
         let mut c = Drbg::new();
-        c.seed(&[1; 32]);
-        c.seed(&[3; 32]);
+        c.seed(&[1; 32], 1);
+        c.seed(&[3; 32], 1);
         a = Drbg::new();
-        a.seed(&[1; 32]);
-        a.seed(&[3; 32]);
+        a.seed(&[1; 32], 1);
+        a.seed(&[3; 32], 1);
         assert_eq!(a.random(), c.random());
     }
 }

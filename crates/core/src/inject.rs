@@ -8,6 +8,8 @@ use crate::exit::{CM, EC_SHIFT, IL, WNR, ec};
 pub mod spsr {
     /// M[3:0] and M[4] (AArch32).
     pub const MODE: u64 = 0x1f;
+    /// M[3:2]: the exception level; 0 is EL0, in AArch32 too.
+    pub const EL: u64 = 0b11 << 2;
     /// EL1 with its own stack pointer.
     pub const EL1H: u64 = 0b0101;
     /// EL2 with its own stack pointer.

@@ -6,6 +6,7 @@
 //! digest = SHA-256( "HA-VMSI launch 1"
 //!                 ‖ ipa_bits ‖ gic ‖ max_vcpus ‖ number of RAM ranges
 //!                 ‖ (base ‖ size) of each RAM range, by base
+//!                 ‖ (base ‖ size) of the run of device pages; 0 ‖ 0 for none
 //!                 ‖ (idx ‖ pc ‖ x0 ‖ x1 ‖ x2 ‖ x3) of each vCPU that is on, by idx
 //!                 ‖ SHA-256( (IPA ‖ 4096 bytes) of each non-zero page, by IPA ) )
 //! ```
@@ -76,6 +77,7 @@ impl Launch {
         &self,
         config: &Config,
         ram: impl Iterator<Item = &'a Range> + Clone,
+        devices: &'a Range,
         boots: impl Iterator<Item = (u64, Boot)>,
     ) -> Digest {
         let mut hash = Sha256::new();
@@ -85,7 +87,7 @@ impl Launch {
         number(config.gic);
         number(config.max_vcpus);
         number(ram.clone().count() as u64);
-        for range in ram {
+        for range in ram.chain([devices]) {
             number(range.base);
             number(range.size);
         }
@@ -105,10 +107,11 @@ mod tests {
 
     const CONFIG: Config = Config { ipa_bits: 40, gic: 3, max_vcpus: 2 };
     const RAM: [Range; 1] = [Range { base: 0x4000_0000, size: 0x1000_0000 }];
+    const NONE: Range = Range { base: 0, size: 0 };
     const BOOT: Boot = Boot { pc: 0x4000_0000, x: [0; 4] };
 
     fn digest(launch: &Launch) -> Digest {
-        launch.digest(&CONFIG, RAM.iter(), core::iter::once((0, BOOT)))
+        launch.digest(&CONFIG, RAM.iter(), &NONE, core::iter::once((0, BOOT)))
     }
 
     #[test]
@@ -128,8 +131,8 @@ mod tests {
         let boot = Boot { pc: 1, x: [2, 3, 4, 5] };
         let launch = Launch::NEW;
         assert_ne!(
-            launch.digest(&CONFIG, ranges.iter(), core::iter::empty()),
-            launch.digest(&CONFIG, [].iter(), core::iter::once((0, boot)))
+            launch.digest(&CONFIG, ranges.iter(), &NONE, core::iter::empty()),
+            launch.digest(&CONFIG, [].iter(), &NONE, core::iter::once((0, boot)))
         );
     }
 
@@ -151,12 +154,13 @@ mod tests {
             digest(&a),
             digest(&b),
             digest(&c),
-            a.digest(&Config { max_vcpus: 3, ..CONFIG }, RAM.iter(), once(0, BOOT)),
-            a.digest(&Config { gic: 2, ..CONFIG }, RAM.iter(), once(0, BOOT)),
-            a.digest(&Config { ipa_bits: 39, ..CONFIG }, RAM.iter(), once(0, BOOT)),
-            a.digest(&CONFIG, [].iter(), once(0, BOOT)),
-            a.digest(&CONFIG, RAM.iter(), once(1, BOOT)),
-            a.digest(&CONFIG, RAM.iter(), once(0, other_boot)),
+            a.digest(&Config { max_vcpus: 3, ..CONFIG }, RAM.iter(), &NONE, once(0, BOOT)),
+            a.digest(&Config { gic: 2, ..CONFIG }, RAM.iter(), &NONE, once(0, BOOT)),
+            a.digest(&Config { ipa_bits: 39, ..CONFIG }, RAM.iter(), &NONE, once(0, BOOT)),
+            a.digest(&CONFIG, [].iter(), &NONE, once(0, BOOT)),
+            a.digest(&CONFIG, RAM.iter(), &NONE, once(1, BOOT)),
+            a.digest(&CONFIG, RAM.iter(), &NONE, once(0, other_boot)),
+            a.digest(&CONFIG, RAM.iter(), &RAM[0], once(0, BOOT)),
         ];
         for (i, x) in all.iter().enumerate() {
             assert!(all.iter().skip(i + 1).all(|y| x != y), "digest {i} repeats");

@@ -348,6 +348,7 @@ impl Vm {
         let digest = self.launch.digest(
             &self.config,
             self.ram.iter().filter(|r| r.size != 0),
+            &self.devices,
             (0..).zip(boots).filter_map(|(i, b)| Some((i, b?))),
         );
         for vcpu in self.existing() {

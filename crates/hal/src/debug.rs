@@ -6,11 +6,12 @@ use core::arch::asm;
 use crate::sysreg::id_aa64dfr0_el1;
 
 /// `DBGBVR<n>`, `DBGBCR<n>`, `DBGWVR<n>`, `DBGWCR<n>` of the world that does not
-/// have them in the CPU.
+/// have them in the CPU, and its claim tags.
 #[derive(Clone, Copy, Debug)]
 pub struct DebugState {
     breakpoints: [[u64; 2]; 16],
     watchpoints: [[u64; 2]; 16],
+    claim: u64,
 }
 
 /// Exchanges a register and a value.
@@ -46,10 +47,19 @@ macro_rules! swap_all {
 
 impl DebugState {
     /// All off.
-    pub const RESET: Self = Self { breakpoints: [[0; 2]; 16], watchpoints: [[0; 2]; 16] };
+    pub const RESET: Self = Self { breakpoints: [[0; 2]; 16], watchpoints: [[0; 2]; 16], claim: 0 };
 
     /// Exchanges these values and the CPU's; effective after a context synchronisation.
     pub fn swap(&mut self) {
         swap_all! { self; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 }
+        let old: u64;
+        // SAFETY: tags that mean nothing to the CPU; one register reads and clears
+        // them, the other sets them.
+        unsafe {
+            asm!("mrs {old}, dbgclaimclr_el1", "msr dbgclaimclr_el1, {old}", "isb",
+                 "msr dbgclaimset_el1, {new}",
+                 old = out(reg) old, new = in(reg) self.claim, options(nostack, preserves_flags));
+        }
+        self.claim = old;
     }
 }

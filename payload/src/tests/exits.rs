@@ -7,7 +7,7 @@ use crate::guest::{Exit, FREE, IPA_BITS, PORT, Vcpu, Vm, spin};
 use crate::harness::{Outcome, gic3};
 use crate::memory::{self, PATTERN};
 use crate::smc::INVALID;
-use crate::{cpu, ensure, expect, gic, guest_program, test};
+use crate::{cpu, ensure, expect, gic, guest_program, mrs, test};
 
 const ISV: u64 = 1 << 24;
 const WNR: u64 = 1 << 6;
@@ -582,3 +582,30 @@ fn odd_vector_base() -> Outcome {
     vm.destroy()
 }
 test!(odd_vector_base, "T23");
+
+// Goes to EL0 in AArch32, and stores there.
+guest_program!(
+    user_32,
+    "adr x1, 1f",
+    "msr elr_el1, x1",
+    "mov x1, #0x1d0",
+    "msr spsr_el1, x1",
+    "mov x1, #7",
+    "mov w2, w20",
+    "eret",
+    "1: .inst 0xe5821000",
+    ".inst 0xeafffffe"
+);
+
+fn has_aarch32() -> bool {
+    mrs!("id_aa64pfr0_el1") & 15 == 2
+}
+
+/// EL0 is EL0 in AArch32 too, which a guest is not offered but can enter.
+fn aarch32_is_el0() -> Outcome {
+    let (vm, mut vcpu) = Vm::launch(user_32(), [0; 4])?;
+    let exit = vcpu.expect(ExitClass::MmioWrite)?;
+    expect!((exit.ipa, exit.data, exit.mode), (PORT, 7, 0));
+    vm.destroy()
+}
+test!(aarch32_is_el0, "T07", has_aarch32);

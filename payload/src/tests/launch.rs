@@ -4,6 +4,7 @@
 use havmsi_abi::Function;
 use sha2::{Digest, Sha256};
 
+use super::vgic::{GICC, GICV};
 use crate::guest::{FREE, IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
 use crate::harness::{Failure, Outcome};
 use crate::memory::{self, PATTERN, fill, first_change, peek, poke, read, take};
@@ -114,8 +115,8 @@ impl Image {
     }
 }
 
-/// The digest is that of the configuration and the non-zero pages, whatever
-/// the order of the declarations; the same at a second launch.
+/// The digest is that of the configuration, the GICv2's CPU interface and the
+/// non-zero pages, whatever the order of the declarations; the same at a second launch.
 fn digest() -> Outcome {
     let vm = Vm::new(5)?;
     let low = 0x1000_0000;
@@ -132,6 +133,13 @@ fn digest() -> Outcome {
         for n in [IPA_BITS, gic::version(), 5, 2, low, 0x4000, RAM, RAM_SIZE] {
             image.number(n);
         }
+        // The last round has no CPU interface.
+        let devices = if gic::version() == 2 && round < 2 { [GICC, 0x2000] } else { [0; 2] };
+        if devices[1] != 0 {
+            vm.call(Function::MapDev, &[GICC, GICV])?;
+            vm.call(Function::MapDev, &[GICC + 0x1000, GICV + 0x1000])?;
+        }
+        devices.into_iter().for_each(|n| image.number(n));
         let boots = [(0, RAM, [1, 2, 3, 4]), (4, RAM + 0x100, [u64::MAX, 6, 7, round & 2])];
         for (idx, pc, x) in boots.iter().rev() {
             vm.call(Function::VcpuSetBoot, &[*idx, *pc, x[0], x[1], x[2], x[3]])?;

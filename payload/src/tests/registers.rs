@@ -5,7 +5,7 @@
 use havmsi_abi::{ExitClass, Function};
 
 use crate::guest::{FREE, RAM, Vcpu, Vm};
-use crate::harness::Outcome;
+use crate::harness::{Outcome, several_cpus};
 use crate::memory::{self, read, write};
 use crate::smc::{self, host};
 use crate::{cpu, ensure, expect, gic, guest_program, mrs, msr, test, try_instruction};
@@ -582,6 +582,56 @@ fn watch_itself(vcpu: &mut Vcpu) -> Outcome {
     expect!(vcpu.report(0)?, 0x1230);
     vcpu.end()
 }
+
+guest_program!(
+    claimer,
+    "1: mrs x1, dbgclaimclr_el1",
+    "str x1, [x20]",
+    "mov x1, #0x5a",
+    "msr dbgclaimset_el1, x1",
+    "b 1b"
+);
+
+/// Claim tags: eight bits that one world leaves for itself.
+fn claim_tags() -> Outcome {
+    msr!("dbgclaimset_el1", 0xa5);
+    let before = mrs!("dbgclaimclr_el1");
+    for _ in 0..2 {
+        let (vm, mut vcpu) = Vm::launch(claimer(), [0; 4])?;
+        expect!(vcpu.report(0)?, 0);
+        expect!(vcpu.report(0)?, 0x5a);
+        expect!(mrs!("dbgclaimclr_el1"), before);
+        vm.destroy()?;
+    }
+    msr!("dbgclaimclr_el1", 0xff);
+    Ok(())
+}
+test!(claim_tags, "T07 T08");
+
+extern "C" fn leave_registers(_: u64) -> u64 {
+    set_fp(0x5ec2e7);
+    msr!("dbgbvr0_el1", 0x1230);
+    msr!("dbgwvr0_el1", 0x4560);
+    0
+}
+
+extern "C" fn find_registers(_: u64) -> u64 {
+    msr!("cpacr_el1", 0x30_0000);
+    let fp = get_fp().into_iter().fold(0, |all, v| all | v);
+    fp | mrs!("dbgbvr0_el1") | mrs!("dbgwvr0_el1") | mrs!("dbgclaimclr_el1")
+}
+
+/// A CPU comes on with nothing in what a reset of the hardware need not clear:
+/// a guest may have had it.
+fn come_on_empty() -> Outcome {
+    cpu::start(1, leave_registers, 0)?;
+    expect!(cpu::join(1)?, 0);
+    cpu::turn_off(1)?;
+    cpu::start(1, find_registers, 0)?;
+    expect!(cpu::join(1)?, 0);
+    cpu::turn_off(1)
+}
+test!(come_on_empty, "T24", several_cpus);
 
 guest_program!(count, "1: isb", "mrs x1, cntvct_el0", "str x1, [x20]", "b 1b");
 

@@ -60,9 +60,9 @@ guest_program!(
     "b 3b"
 );
 
-const GICC: u64 = 0x0801_0000;
+pub(super) const GICC: u64 = 0x0801_0000;
 const GICH: u64 = 0x0803_0000;
-const GICV: u64 = 0x0804_0000;
+pub(super) const GICV: u64 = 0x0804_0000;
 
 fn program() -> &'static [u8] {
     if gic::version() == 3 { listener() } else { old_listener() }

@@ -36,7 +36,7 @@ impl Snapshot {
         let state = |vm: &Vm| {
             let Vm { phase, slot, generation, config, ram, devices, map, launch, .. } = vm;
             let Vm { vcpus, cntvoff, .. } = vm;
-            let digest = launch.digest(config, ram.iter(), core::iter::empty());
+            let digest = launch.digest(config, ram.iter(), devices, core::iter::empty());
             format!(
                 "{phase:?} {slot:?} {generation} {config:?} {ram:?} {devices:?} {map:?} \
                  {vcpus:?} {cntvoff} {digest:x?} {:?}",
@@ -289,6 +289,8 @@ fn the_digest_is_that_of_the_configuration_and_the_image() {
     vm.create_vcpu(&m, 0, host_page(RUN).0, 5).unwrap();
     vm.create_vcpu(&m, 2, host_page(RUN + 1).0, 5).unwrap();
     vm.donate_pool(&m, host_page(POOL).0, 4).unwrap();
+    vm.map_device(&m, 0x802_1000, Pa(0x804_1000)).unwrap();
+    vm.map_device(&m, 0x802_0000, Pa(0x804_0000)).unwrap();
     assert_eq!(refused(&m, &mut vm, |vm| vm.activate(&m)), Error::State);
     vm.set_boot(2, BOOT).unwrap();
     m.hw.poke(host_page(MEM), 511, 0x1234);
@@ -302,7 +304,8 @@ fn the_digest_is_that_of_the_configuration_and_the_image() {
     content[4088..4090].copy_from_slice(&[0x34, 0x12]);
     launch.add_page(Ipa(RAM), &content);
     let ram = [Range { base: 0x1000, size: 0x1000 }, Range { base: RAM, size: 0x10_0000 }];
-    assert_eq!(digest, launch.digest(&CONFIG, ram.iter(), core::iter::once((2, BOOT))));
+    let devices = Range { base: 0x802_0000, size: 0x2000 };
+    assert_eq!(digest, launch.digest(&CONFIG, ram.iter(), &devices, core::iter::once((2, BOOT))));
     assert_eq!(vm.power(0), Some(Power::Off));
     assert_eq!(vm.power(2), Some(Power::Pending(BOOT)));
     assert_eq!(refused(&m, &mut vm, |vm| vm.activate(&m)), Error::State);
