@@ -35,13 +35,11 @@ pub struct Facts {
 }
 
 /// Whether a VM may have the page at `pa`: the GICv2 virtual CPU interface, 8 KiB.
-#[must_use]
 pub const fn is_virtual_cpu_interface(pa: u64, gic_version: u64) -> bool {
     gic_version == 2 && (pa == GICV || pa == GICV + 0x1000)
 }
 
 /// The number of the CPU with this affinity.
-#[must_use]
 pub fn cpu_number(affinity: u64) -> Option<usize> {
     AFFINITIES.iter().position(|&a| a == affinity)
 }

@@ -82,7 +82,6 @@ fn define(out: &mut impl Write, name: &str, value: u64) -> Result {
 
 impl Function {
     /// The name in C and in logs.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Version => "VERSION",
@@ -121,7 +120,6 @@ impl Error {
     ];
 
     /// The name in C and in logs.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::NotSupported => "NOT_SUPPORTED",

@@ -11,7 +11,6 @@ pub const BLOCK_SIZE: u64 = 2 << 20;
 /// vector page, the zero frame, the roots of the VMs' stage-2 tables, what the
 /// SMMU reads, and one level 3 table for each 2 MiB of RAM, which the host's map
 /// and the devices' share. A multiple of 2 MiB.
-#[must_use]
 pub const fn carveout_size(ram_size: u64) -> u64 {
     let level3 = ram_size / BLOCK_SIZE * PAGE_SIZE;
     (level3 + BLOCK_SIZE).next_multiple_of(BLOCK_SIZE)
@@ -56,13 +55,11 @@ pub mod carveout {
 }
 
 /// Where the host's device tree is placed.
-#[must_use]
 pub const fn host_dtb(ram_base: u64, ram_size: u64) -> u64 {
     ram_base + carveout_size(ram_size)
 }
 
 /// Where the host's kernel is placed and entered.
-#[must_use]
 pub const fn host_kernel(ram_base: u64, ram_size: u64) -> u64 {
     host_dtb(ram_base, ram_size) + BLOCK_SIZE
 }
@@ -70,7 +67,6 @@ pub const fn host_kernel(ram_base: u64, ram_size: u64) -> u64 {
 /// Where an initial RAM file system of the host has room, and the payload finds
 /// its arguments: for the tools that place them.
 #[cfg(any(test, feature = "header"))]
-#[must_use]
 pub const fn host_initrd(ram_base: u64, ram_size: u64) -> u64 {
     host_kernel(ram_base, ram_size) + 64 * (1 << 20)
 }

@@ -115,14 +115,12 @@ functions! {
 
 impl Function {
     /// The function identifier for `x0`.
-    #[must_use]
     pub const fn id(self) -> u32 {
         FUNCTION_BASE + self as u32
     }
 
     /// The call with this identifier, if there is one. As in the SMC Calling
     /// Convention only the low 32 bits of the register count.
-    #[must_use]
     pub fn from_id(id: u32) -> Option<Self> {
         let index = usize::try_from(id.checked_sub(FUNCTION_BASE)?).ok()?;
         Self::ALL.get(index).copied()
@@ -153,7 +151,6 @@ pub enum Error {
 
 impl Error {
     /// The value of `x0`.
-    #[must_use]
     pub const fn code(self) -> i64 {
         self as i64
     }

@@ -34,7 +34,6 @@ impl EntryFlags {
     pub const ALL: u64 = Self::ANSWERS | Self::TRAP_WFI | Self::TRAP_WFE;
 
     /// Whether all bits of `mask` are set.
-    #[must_use]
     pub const fn has(self, mask: u64) -> bool {
         self.0 & mask == mask
     }
@@ -129,7 +128,6 @@ pub const WORDS_EXIT_CAUSE: usize = 9;
 impl Exit {
     /// The first words of the exit half, in order; `gpr` are the guest's `x0` to
     /// `x3` of a hypercall.
-    #[must_use]
     #[inline]
     pub const fn words(&self, gpr: [u64; 4]) -> [u64; WORDS_EXIT_CAUSE] {
         let [g0, g1, g2, g3] = gpr;

@@ -13,13 +13,11 @@ pub struct Ipa(pub u64);
 
 impl Pa {
     /// Whether the address is that of a page.
-    #[must_use]
     pub const fn is_page(self) -> bool {
         self.0.is_multiple_of(PAGE_SIZE)
     }
 
     /// The address `bytes` further on; wraps, for addresses known to be small.
-    #[must_use]
     pub const fn offset(self, bytes: u64) -> Self {
         Self(self.0.wrapping_add(bytes))
     }
@@ -27,13 +25,11 @@ impl Pa {
 
 impl Ipa {
     /// Whether the address is that of a page.
-    #[must_use]
     pub const fn is_page(self) -> bool {
         self.0.is_multiple_of(PAGE_SIZE)
     }
 
     /// The page that holds this address.
-    #[must_use]
     pub const fn page(self) -> Self {
         Self(self.0 & !(PAGE_SIZE - 1))
     }
@@ -42,19 +38,16 @@ impl Ipa {
 /// `n` as an index. Every target of this crate has 64-bit (or on a build
 /// machine at least 32-bit) `usize`; a value that does not fit is out of every
 /// table, which the callers' bounds checks then see.
-#[must_use]
 pub fn index(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
 
 /// A hash as registers hold it: in memory order, little endian.
-#[must_use]
 pub fn words(hash: &[u8; 32]) -> [u64; 4] {
     core::array::from_fn(|i| u64::from_le_bytes(hash.as_chunks().0[i]))
 }
 
 /// The lower half.
-#[must_use]
 pub const fn low32(value: u64) -> u32 {
     let [a, b, c, d, ..] = value.to_le_bytes();
     u32::from_le_bytes([a, b, c, d])

@@ -23,7 +23,6 @@ fn derive(key: &[u8; 32], label: u8) -> [u8; 32] {
 
 impl Drbg {
     /// A generator that waits for its seed.
-    #[must_use]
     pub const fn new() -> Self {
         Self { key: None }
     }

@@ -75,7 +75,6 @@ pub struct SysregAccess {
 }
 
 /// The encoding of a system register as one number.
-#[must_use]
 pub const fn sysreg(op0: u32, op1: u32, crn: u32, crm: u32, op2: u32) -> u32 {
     op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
 }
@@ -100,7 +99,6 @@ impl SysregAccess {
     /// What a read gives of a register that no world has for itself; a write is
     /// ignored. The OS lock is open (another one's would keep breakpoints from acting),
     /// GICv3's system registers are on, ACTLR_EL1 holds nothing.
-    #[must_use]
     pub const fn fixed(&self) -> Option<u64> {
         match self.register {
             reg::ICC_SRE_EL1 => Some(ICC_SRE),
@@ -111,7 +109,6 @@ impl SysregAccess {
     }
 
     /// Decodes the ISS of an `MSR`/`MRS` trap.
-    #[must_use]
     pub fn decode(esr: u64) -> Self {
         let field = |shift: u32, mask: u64| u32::try_from(esr >> shift & mask).unwrap_or(0);
         Self {
@@ -122,13 +119,11 @@ impl SysregAccess {
     }
 
     /// The `op0` field: 2 is the debug and trace space.
-    #[must_use]
     pub const fn op0(&self) -> u32 {
         self.register >> 14
     }
 
     /// The `CRm` and `op2` fields.
-    #[must_use]
     pub const fn crm_op2(&self) -> (u8, u8) {
         let [low, ..] = self.register.to_le_bytes();
         (low >> 3 & 15, low & 7)
@@ -136,7 +131,6 @@ impl SysregAccess {
 
     /// Whether it is in the space of the ID registers that HCR_EL2.TID3 traps:
     /// `op0 = 3, op1 = 0, CRn = 0, CRm = 1..=7`.
-    #[must_use]
     pub const fn is_id(&self) -> bool {
         let crm = self.register >> 3 & 15;
         self.register >> 7 == sysreg(3, 0, 0, 0, 0) >> 7 && crm >= 1 && crm <= 7
@@ -148,7 +142,6 @@ fn register_number(bits: u64) -> u8 {
 }
 
 /// The general register `rt` as a value; 31 is `xzr`.
-#[must_use]
 pub fn read_register(x: &[u64; 31], rt: u8) -> u64 {
     x.get(usize::from(rt)).copied().unwrap_or(0)
 }
@@ -179,7 +172,6 @@ pub struct Access {
 
 impl Access {
     /// Decodes a data abort's syndrome; `None` if it does not tell.
-    #[must_use]
     pub fn decode(esr: u64) -> Option<Self> {
         (esr & ISV != 0).then(|| Self {
             rt: register_number(esr >> SRT_SHIFT),
@@ -191,7 +183,6 @@ impl Access {
     }
 
     /// What a store of `value` puts out: no more than its size.
-    #[must_use]
     pub fn stored(&self, value: u64) -> u64 {
         left_out!(StoreWidth => return value);
         value & (u64::MAX >> (64 - 8 * self.size))
@@ -199,7 +190,6 @@ impl Access {
 
     /// What the register holds after a load of `data`: truncated to the size
     /// of the access and extended as the instruction says.
-    #[must_use]
     pub fn loaded(&self, data: u64) -> u64 {
         left_out!(LoadWidth => return data);
         let unused = 64 - 8 * self.size;
@@ -296,7 +286,6 @@ pub struct Syndrome {
 
 impl Syndrome {
     /// The exception class.
-    #[must_use]
     pub const fn ec(&self) -> u64 {
         self.esr >> EC_SHIFT & 0x3f
     }
@@ -415,14 +404,12 @@ fn decide_abort(
 }
 
 /// The exit that hands a PSCI call to the host.
-#[must_use]
 #[inline]
 pub const fn hypercall_exit() -> Exit {
     Exit { class: ExitClass::Hvc, esr: ec::HVC64 << EC_SHIFT | IL, ipa: 0, data: 0, mode: 1 }
 }
 
 /// The general registers that an exit shows: a hypercall's first four.
-#[must_use]
 #[inline]
 pub fn shown_registers(class: ExitClass, x: &[u64; 31]) -> [u64; 4] {
     if class == ExitClass::Hvc { [x[0], x[1], x[2], x[3]] } else { [0; 4] }

@@ -60,19 +60,16 @@ pub enum Step {
 impl GuestMap {
     /// The map of the VM in `slot`, empty. `root` is two zeroed pages at an
     /// 8 KiB boundary in the carve-out.
-    #[must_use]
     pub const fn new(slot: VmSlot, root: Pa) -> Self {
         Self { slot, root, pool: Pool { head: None, len: 0 }, cursor: 0 }
     }
 
     /// `VTTBR_EL2` of this map.
-    #[must_use]
     pub const fn vttbr(&self) -> u64 {
         stage2::vttbr(self.root, self.slot.vmid())
     }
 
     /// Spare table pages.
-    #[must_use]
     pub const fn pool_len(&self) -> u64 {
         self.pool.len
     }

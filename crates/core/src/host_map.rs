@@ -84,13 +84,11 @@ impl HostMap {
     }
 
     /// The root table, for `VTTBR_EL2`.
-    #[must_use]
     pub const fn root(&self) -> Pa {
         self.carveout.offset(carveout::HOST_ROOT)
     }
 
     /// The root table of the devices' stage-2.
-    #[must_use]
     pub const fn devices_root(&self) -> Pa {
         self.carveout.offset(carveout::SMMU_ROOT)
     }
@@ -300,7 +298,6 @@ impl HostMap {
     }
 
     /// The leaf that maps `ipa`.
-    #[must_use]
     pub fn lookup(&self, hw: &impl Hardware, ipa: Ipa) -> Option<Entry> {
         let (table, slot) = self.leaf(hw, ipa)?;
         Some(Entry(hw.read_entry(table, slot))).filter(|entry| entry.is_valid())

@@ -47,7 +47,6 @@ pub struct Entry {
 }
 
 /// Entry into EL1's synchronous vector from `pstate`.
-#[must_use]
 pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> Entry {
     let offset = match pstate & spsr::MODE {
         0b0000 => 0x400,
@@ -72,14 +71,12 @@ pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> Entry {
 }
 
 /// `ESR_EL1` of an undefined instruction.
-#[must_use]
 pub const fn undefined() -> u64 {
     IL
 }
 
 /// `ESR_EL1` of a synchronous external abort, for a stage-2 abort with this
 /// `ESR_EL2`, taken in `pstate`. `FAR_EL1` is valid.
-#[must_use]
 pub const fn external_abort(esr_el2: u64, pstate: u64) -> u64 {
     let same = (pstate & spsr::MODE != 0 && pstate & (1 << 4) == 0) as u64;
     // Above EC there may be ISS2.

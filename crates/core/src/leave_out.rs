@@ -135,7 +135,6 @@ pub fn leave_out(check: Check) {
 }
 
 /// Whether it is this check that is left out.
-#[must_use]
 pub fn is_left_out(check: Check) -> bool {
     LEFT_OUT.load(Ordering::Relaxed) == check as usize + 1
 }

@@ -28,7 +28,6 @@ pub struct VmSlot(pub u8);
 
 impl VmSlot {
     /// The VMID; 0 is the host's.
-    #[must_use]
     pub const fn vmid(self) -> u64 {
         self.0 as u64 + 1
     }
@@ -99,7 +98,6 @@ pub struct Page<S> {
 
 impl<S> Page<S> {
     /// Where the page is.
-    #[must_use]
     pub const fn pa(&self) -> Pa {
         self.pa
     }
@@ -145,7 +143,6 @@ impl<'a> Pages<'a> {
     /// Records for `ram`; all say [`Owner::Monitor`] until [`Self::give_to_host`].
     ///
     /// `None` if there are fewer records than pages.
-    #[must_use]
     pub fn new(ram: Ram, records: &'a [AtomicU16]) -> Option<Self> {
         (records.len() as u64 >= ram.page_count()).then_some(Self {
             ram,
@@ -155,7 +152,6 @@ impl<'a> Pages<'a> {
     }
 
     /// The RAM that is recorded.
-    #[must_use]
     pub fn ram(&self) -> &Ram {
         &self.ram
     }
@@ -174,7 +170,6 @@ impl<'a> Pages<'a> {
 
     /// The owner of a page; `None` if it is no RAM or in motion.
     #[cfg(any(test, feature = "audit"))]
-    #[must_use]
     pub fn owner(&self, pa: Pa) -> Option<Owner> {
         Owner::decode(self.record(pa)?.load(Ordering::Acquire))
     }
@@ -252,7 +247,6 @@ impl<'a> Pages<'a> {
     }
 
     /// Pages of each kind, for statistics; other CPUs may be moving pages meanwhile.
-    #[must_use]
     pub fn census(&self) -> Census {
         let count = |owner| self.counter(owner).load(Ordering::Relaxed);
         Census {

@@ -63,7 +63,6 @@ pub enum Error {
 
 impl Error {
     /// The value for x0.
-    #[must_use]
     pub const fn code(self) -> u64 {
         (self as i64).cast_unsigned()
     }
@@ -104,7 +103,6 @@ impl Power {
     }
 
     /// What AFFINITY_INFO says of it.
-    #[must_use]
     pub const fn info(self) -> u64 {
         match self {
             Self::On => 0,
@@ -116,7 +114,6 @@ impl Power {
 
 /// Answers what has the same answer for the host and for guests: the versions,
 /// and what there is. `None` if `function` is none of these.
-#[must_use]
 pub const fn discovery(function: u32, argument: u32) -> Option<u64> {
     match function {
         id::VERSION => Some(VERSION),
@@ -144,7 +141,6 @@ const fn features(function: u32) -> u64 {
 
 /// The affinity fields that CPU_ON and AFFINITY_INFO name a CPU by: Aff3 in
 /// [39:32], Aff2 to Aff0 in [23:0]; all else must be zero (DEN 0022F 5.1.4).
-#[must_use]
 pub const fn affinity(target: u64) -> Option<u64> {
     if target & !AFFINITY_MASK == 0 { Some(target) } else { None }
 }

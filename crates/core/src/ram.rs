@@ -19,13 +19,11 @@ pub struct Range {
 
 impl Range {
     /// Whether all of `size` bytes at `base` lie inside.
-    #[must_use]
     pub fn contains(&self, base: u64, size: u64) -> bool {
         base >= self.base && base.checked_add(size).is_some_and(|end| end - self.base <= self.size)
     }
 
     /// Whether a byte is in both.
-    #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
         self.base < other.base.saturating_add(other.size)
             && other.base < self.base.saturating_add(self.size)
@@ -40,19 +38,16 @@ pub struct Ram {
 
 impl Ram {
     /// RAM in these banks; each must start and end on a page.
-    #[must_use]
     pub const fn new(banks: [Range; MAX_BANKS]) -> Self {
         Self { banks }
     }
 
     /// The banks, empty ones included.
-    #[must_use]
     pub fn banks(&self) -> &[Range; MAX_BANKS] {
         &self.banks
     }
 
     /// The number of the page at `pa`, counted through all banks.
-    #[must_use]
     pub fn page_index(&self, pa: Pa) -> Option<usize> {
         let mut before = 0;
         for bank in &self.banks {
@@ -65,7 +60,6 @@ impl Ram {
     }
 
     /// Pages in all banks.
-    #[must_use]
     pub fn page_count(&self) -> u64 {
         self.banks.iter().map(|b| b.size / PAGE_SIZE).sum()
     }

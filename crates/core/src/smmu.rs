@@ -9,7 +9,6 @@ use crate::stage2::vtcr;
 /// translates through the tables at `root` with VMID 0 and output addresses of
 /// the given `PS`. What they refuse ends in an abort: no stall (S2S), no record
 /// (S2R). ATS is off (EATS), so translated requests are refused too.
-#[must_use]
 pub fn stream_table_entry(root: Pa, ps: u64) -> [u64; 8] {
     const VALID: u64 = 1;
     const STAGE2_ONLY: u64 = 0b110 << 1;
@@ -35,7 +34,6 @@ pub const SYNC: Command = [0x46, 0];
 
 /// `CMD_TLBI_S2_IPA` (4.4) for VMID 0: forget what `ipa` translates to, at
 /// any level.
-#[must_use]
 pub const fn forget(ipa: Ipa) -> Command {
     [0x2a, ipa.0 & 0x000f_ffff_ffff_f000]
 }

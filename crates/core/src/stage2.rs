@@ -66,68 +66,57 @@ impl Entry {
     pub const HIDDEN: Self = Self(0b10);
 
     /// A level 3 entry.
-    #[must_use]
     pub const fn page(pa: Pa, attributes: Attributes) -> Self {
         Self((pa.0 & ADDRESS) | attributes.bits() | ACCESS_FLAG | TABLE_OR_PAGE | VALID)
     }
 
     /// A level 1 or 2 entry that maps a block.
-    #[must_use]
     pub const fn block(pa: Pa, attributes: Attributes) -> Self {
         Self((pa.0 & ADDRESS) | attributes.bits() | ACCESS_FLAG | VALID)
     }
 
     /// A level 1 or 2 entry that points to the next table.
-    #[must_use]
     pub const fn table(pa: Pa) -> Self {
         Self((pa.0 & ADDRESS) | TABLE_OR_PAGE | VALID)
     }
 
     /// Whether the entry maps or points to anything.
-    #[must_use]
     pub const fn is_valid(self) -> bool {
         self.0 & VALID != 0
     }
 
     /// Whether the entry, found at level 1 or 2, is a block.
-    #[must_use]
     pub const fn is_block(self) -> bool {
         self.is_valid() && self.0 & TABLE_OR_PAGE == 0
     }
 
     /// The next table or the mapped page or block.
-    #[must_use]
     pub const fn address(self) -> Pa {
         Pa(self.0 & ADDRESS)
     }
 
     /// Whether a leaf permits writes.
-    #[must_use]
     pub const fn is_writable(self) -> bool {
         self.is_valid() && self.0 & S2AP_WRITE != 0
     }
 
     /// Whether a leaf permits instruction fetches.
-    #[must_use]
     pub const fn is_executable(self) -> bool {
         self.is_valid() && self.0 & EXECUTE_NEVER == 0
     }
 }
 
 /// Index into the root tables.
-#[must_use]
 pub fn level1_index(ipa: Ipa) -> usize {
     index(ipa.0 / LEVEL1_SIZE) % ROOT_ENTRIES
 }
 
 /// Index into a level 2 table.
-#[must_use]
 pub fn level2_index(ipa: Ipa) -> usize {
     index(ipa.0 / LEVEL2_SIZE) % ENTRIES
 }
 
 /// Index into a level 3 table.
-#[must_use]
 pub fn level3_index(ipa: Ipa) -> usize {
     index(ipa.0 / havmsi_abi::PAGE_SIZE) % ENTRIES
 }
@@ -135,7 +124,6 @@ pub fn level3_index(ipa: Ipa) -> usize {
 /// `VTCR_EL2` for these tables, with the given `PS` field (output size):
 /// T0SZ = 24, SL0 = level 1, walks inner shareable and write-back, 8-bit VMID
 /// (Arm ARM D19.2 "VTCR_EL2").
-#[must_use]
 pub const fn vtcr(ps: u64) -> u64 {
     const RES1: u64 = 1 << 31;
     const SH0_INNER: u64 = 0b11 << 12;
@@ -147,7 +135,6 @@ pub const fn vtcr(ps: u64) -> u64 {
 }
 
 /// `VTTBR_EL2` for a root table and a VMID.
-#[must_use]
 pub const fn vttbr(root: Pa, vmid: u64) -> u64 {
     vmid << 48 | root.0
 }

@@ -61,13 +61,11 @@ pub fn check(gic: u64, lrs: &[u64; MAX_LRS], nr: u64, implemented: usize) -> Res
 }
 
 /// The SGIs that are pending in the list registers in use, a bit each.
-#[must_use]
 pub fn pending_sgis(lrs: &[u64; MAX_LRS], used: usize) -> u16 {
     lrs.iter().take(used).fold(0, |set, lr| set | pending_sgi(*lr))
 }
 
 /// The SGI that is pending in a list register, as a bit.
-#[must_use]
 pub const fn pending_sgi(lr: u64) -> u16 {
     if lr & PENDING != 0 && lr & INTID < FIRST_PPI { 1 << (lr & INTID) } else { 0 }
 }
@@ -85,7 +83,6 @@ impl Sgi {
     /// A write of ICC_SGI1R_EL1, ICC_ASGI1R_EL1 or ICC_SGI0R_EL1 by vCPU
     /// `sender`. RS, which would name CPUs beyond the 16 of a cluster, is RES0:
     /// KVM's GICD_TYPER.RSS is 0.
-    #[must_use]
     pub const fn by_register(sender: u64, value: u64) -> Self {
         let (aff3, aff2, aff1) = (value >> 48 & 0xff, value >> 32 & 0xff, value >> 16 & 0xff);
         let cluster = aff3 << 16 | aff2 << 8 | aff1;
@@ -98,7 +95,6 @@ impl Sgi {
     }
 
     /// A write of GICD_SGIR (IHI 0048B, 4.3.15).
-    #[must_use]
     pub const fn by_distributor(sender: u64, value: u64) -> Self {
         let targets = match value >> 24 & 3 {
             0 => value >> 16 & 0xff,

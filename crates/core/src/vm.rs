@@ -114,7 +114,6 @@ pub struct Vm {
 }
 
 /// A VM's handle: generation and slot. Slots are used again, handles are not.
-#[must_use]
 pub fn handle_slot(handle: u64) -> Option<VmSlot> {
     let slot = (handle & 0xffff).checked_sub(1)?;
     u8::try_from(slot).ok().filter(|s| usize::from(*s) < havmsi_abi::MAX_VMS).map(VmSlot)
@@ -122,7 +121,6 @@ pub fn handle_slot(handle: u64) -> Option<VmSlot> {
 
 /// The affinity fields of a vCPU's `MPIDR_EL1`: 16 vCPUs a cluster, as KVM
 /// numbers them.
-#[must_use]
 pub const fn mpidr_affinity(idx: u64) -> u64 {
     idx & 0xf | (idx >> 4 & 0xff) << 8
 }
@@ -147,13 +145,11 @@ impl Vm {
     };
 
     /// The handle of the VM in this slot.
-    #[must_use]
     pub fn handle(&self) -> u64 {
         (u64::from(self.generation) << 16) | (u64::from(self.slot.0) + 1)
     }
 
     /// Whether the slot holds a VM.
-    #[must_use]
     pub fn exists(&self) -> bool {
         self.phase != Phase::Free
     }
@@ -238,13 +234,11 @@ impl Vm {
     }
 
     /// Whether the page at `ipa` is declared RAM.
-    #[must_use]
     pub fn is_ram(&self, ipa: Ipa) -> bool {
         self.ram.iter().take_while(|r| r.size != 0).any(|r| r.contains(ipa.0, PAGE_SIZE))
     }
 
     /// `CNTVOFF_EL2` of all its vCPUs.
-    #[must_use]
     pub const fn cntvoff(&self) -> u64 {
         self.cntvoff
     }
@@ -549,7 +543,6 @@ impl Vm {
     }
 
     /// PSCI power state of the vCPU with this affinity.
-    #[must_use]
     pub fn power(&self, affinity: u64) -> Option<Power> {
         self.vcpus.get(self.by_affinity(affinity)?).map(|vcpu| vcpu.power)
     }
@@ -654,7 +647,6 @@ impl Vm {
     }
 
     /// Number of vCPUs.
-    #[must_use]
     pub fn vcpu_count(&self) -> usize {
         self.vcpus.iter().filter(|vcpu| vcpu.exists).count()
     }

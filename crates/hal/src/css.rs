@@ -42,7 +42,6 @@ impl Scp {
     ///
     /// # Safety
     /// EL3 must map 4 KiB at each as device memory, and they must be there.
-    #[must_use]
     pub const unsafe fn new(mhu: usize, sram: usize) -> Self {
         // SAFETY: passed on to the caller.
         let mhu = unsafe { Registers::new(mhu, 0x1000) };
@@ -97,7 +96,6 @@ impl Trng {
     ///
     /// # Safety
     /// EL3 must map 4 KiB at `base` as device memory, and it must be there.
-    #[must_use]
     pub const unsafe fn new(base: usize) -> Self {
         // SAFETY: passed on to the caller.
         Self(unsafe { Registers::new(base, 0x1000) })
@@ -112,7 +110,6 @@ impl Trng {
     }
 
     /// 256 bits, or `None` if it is stuck.
-    #[must_use]
     pub fn seed(&self) -> Option<[u8; 32]> {
         self.0.write32(TRNG_INTMASK, 0);
         self.0.write32(TRNG_CONFIG, 1);
@@ -136,7 +133,6 @@ impl Cci {
     /// # Safety
     /// `base` must be the address of 64 KiB of a CCI-400's registers, which EL3
     /// reaches as device memory.
-    #[must_use]
     pub const unsafe fn new(base: usize) -> Self {
         // SAFETY: passed on to the caller.
         Self(unsafe { Registers::new(base, 0x1_0000) })
@@ -158,7 +154,6 @@ impl Counter {
     ///
     /// # Safety
     /// EL3 must map 4 KiB at `base` as device memory, and it must be there.
-    #[must_use]
     pub const unsafe fn new(base: usize) -> Self {
         // SAFETY: passed on to the caller.
         Self(unsafe { Registers::new(base, 0x1000) })

@@ -18,7 +18,6 @@ impl FwCfg {
     ///
     /// # Safety
     /// EL3 must map 4 KiB at `base` as device memory, and fw_cfg must be there.
-    #[must_use]
     pub const unsafe fn new(base: usize) -> Self {
         // SAFETY: passed on to the caller.
         Self(unsafe { Registers::new(base, 0x1000) })
@@ -33,7 +32,6 @@ impl FwCfg {
     }
 
     /// CPUs that the machine started with.
-    #[must_use]
     pub fn cpu_count(&self) -> u16 {
         self.select(CPU_COUNT);
         u16::from_le_bytes(self.bytes())
@@ -64,7 +62,6 @@ impl FwCfg {
     }
 
     /// The decimal number that the file `name` holds.
-    #[must_use]
     pub fn read_number(&self, name: &str) -> Option<u64> {
         let mut text = [0; 20];
         let length = self.read_file(name, &mut text)?;

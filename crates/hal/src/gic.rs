@@ -87,7 +87,6 @@ impl Gic {
     /// EL3 must map 64 KiB at `distributor`, 8 KiB at `cpu_interface` and 4 KiB
     /// at `gich` (the virtual interface control registers) as device memory, and
     /// a GICv2 must be there.
-    #[must_use]
     pub const unsafe fn v2(distributor: usize, cpu_interface: usize, gich: usize) -> Self {
         Self {
             // SAFETY: passed on to the caller.
@@ -106,7 +105,6 @@ impl Gic {
     /// # Safety
     /// EL3 must map 64 KiB at `distributor` and `count` times 128 KiB at
     /// `redistributors` as device memory, and a GICv3 must be there.
-    #[must_use]
     pub const unsafe fn v3(distributor: usize, redistributors: usize, count: usize) -> Self {
         Self {
             // SAFETY: passed on to the caller.
@@ -122,7 +120,6 @@ impl Gic {
     }
 
     /// 2 or 3.
-    #[must_use]
     pub const fn version(&self) -> u64 {
         if self.gich().is_some() { 2 } else { 3 }
     }
@@ -263,7 +260,6 @@ impl Gic {
     /// What a register of a redistributor's first page tells the host: LPIs
     /// are absent, power is the monitor's, the rest is as it is. `offset` in
     /// bytes from the first redistributor, 32-bit registers.
-    #[must_use]
     pub fn redistributor_view(&self, offset: usize) -> u32 {
         let Kind::V3 { redistributors, count } = self.kind else { return 0 };
         if offset >= count * REDISTRIBUTOR_SIZE || !offset.is_multiple_of(4) {

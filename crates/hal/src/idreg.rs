@@ -29,7 +29,6 @@ macro_rules! table {
 }
 
 /// The register `S3_0_C0_C<crm>_<op2>`; 0 outside the trapped group.
-#[must_use]
 pub fn raw(crm: u8, op2: u8) -> u64 {
     table!(crm, op2; 1 2 3 4 5 6 7)
 }

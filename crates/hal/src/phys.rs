@@ -46,7 +46,6 @@ fn word(pa: Pa) -> &'static AtomicU64 {
 }
 
 /// Reads a word.
-#[must_use]
 pub fn read(pa: Pa) -> u64 {
     word(pa).load(Ordering::Relaxed)
 }
@@ -57,7 +56,6 @@ pub fn write(pa: Pa, value: u64) {
 }
 
 /// The words of the page at `pa`.
-#[must_use]
 pub fn page(pa: Pa) -> &'static [AtomicU64; PAGE / 8] {
     let at = with_exposed_provenance_mut::<[AtomicU64; PAGE / 8]>(address(pa, PAGE as u64));
     // SAFETY: `address` checked that the aligned page is RAM; see `word`.

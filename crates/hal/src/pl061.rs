@@ -13,7 +13,6 @@ impl Gpio {
     ///
     /// # Safety
     /// EL3 must map 4 KiB at `base` as device memory, and a PL061 must be there.
-    #[must_use]
     pub const unsafe fn new(base: usize) -> Self {
         // SAFETY: passed on to the caller.
         Self(unsafe { Registers::new(base, 0x1000) })

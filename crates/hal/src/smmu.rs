@@ -66,7 +66,6 @@ impl Smmu {
     ///
     /// # Safety
     /// EL3 must map 64 KiB at `base` as device memory, and an `SMMUv3` must be there.
-    #[must_use]
     pub unsafe fn take(base: usize) -> Self {
         // SAFETY: passed on to the caller; it will read what `start` prepares only.
         let registers = unsafe { Registers::new(base, 0x1_0000) };

@@ -64,7 +64,6 @@ macro_rules! registers {
 
             /// Its value.
             #[inline(always)]
-            #[must_use]
             pub fn read() -> u64 {
                 let value: u64;
                 // SAFETY: reading this register has no side effect on memory.
@@ -113,7 +112,6 @@ registers! { el3:
 
 /// Acknowledges the highest-priority group 0 interrupt (`ICC_IAR0_EL1`);
 /// returns its number, 1020 or more for none.
-#[must_use]
 pub fn icc_acknowledge_group0() -> u64 {
     let id: u64;
     // SAFETY: acts on the interrupt controller only.
@@ -125,7 +123,6 @@ pub fn icc_acknowledge_group0() -> u64 {
 
 /// Translates `va` by stage 1 of EL1 as a read (`AT S1E1R`); returns `PAR_EL1`
 /// and leaves that register as it was.
-#[must_use]
 pub fn translate_el1(va: u64) -> u64 {
     let result: u64;
     // SAFETY: AT reads translation tables of EL1 and changes PAR_EL1 only,

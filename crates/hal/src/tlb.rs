@@ -78,7 +78,6 @@ pub fn publish_el3_entries() {
 /// What stage 1 of EL1 and the AT instruction make of `va`: the physical page
 /// for the world in `VTTBR_EL2` as an IPA in bytes, or `None` if stage 1
 /// doesn't translate it.
-#[must_use]
 pub fn stage1_page(va: u64) -> Option<u64> {
     debug_assert!(hcr_el2::read() & 1 == 1);
     let par = sysreg::translate_el1(va);

@@ -99,7 +99,6 @@ pub struct Vgic {
 
 impl Vgic {
     /// The one that goes with `gic`.
-    #[must_use]
     pub fn new(gic: &Gic) -> Self {
         let gich = gic.gich();
         let vtr = gich.map_or_else(ich_vtr_el2::read, |gich| gich.read32(GICH_VTR).into());
@@ -107,13 +106,11 @@ impl Vgic {
     }
 
     /// `ICH_VTR_EL2` or `GICH_VTR`.
-    #[must_use]
     pub const fn vtr(&self) -> u64 {
         self.vtr
     }
 
     /// List registers that a CPU has (ListRegs + 1).
-    #[must_use]
     pub fn list_registers(&self) -> usize {
         usize::from(self.vtr.to_le_bytes()[0] & 0x3f) + 1
     }

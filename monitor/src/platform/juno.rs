@@ -63,7 +63,6 @@ const L2_LATENCY: u64 = 2 << 6 | 2;
 const L2_LATENCY_MASK: u64 = 7 << 6 | 7;
 
 /// The monitor's console: the UART that BL2 keeps secure.
-#[must_use]
 pub const fn uart() -> Uart {
     // SAFETY: `EL3_DEVICES` covers it.
     unsafe { Uart::new(UART1) }
@@ -75,20 +74,17 @@ const fn scp() -> Scp {
 }
 
 /// The interrupt controller.
-#[must_use]
 pub fn gic() -> Gic {
     // SAFETY: `EL3_DEVICES` covers the GIC-400.
     unsafe { Gic::v2(DISTRIBUTOR, GICC, GICH) }
 }
 
 /// There is none of version 3: docs/porting.md.
-#[must_use]
 pub const fn smmu() -> Option<Smmu> {
     None
 }
 
 /// Asks the board.
-#[must_use]
 pub fn facts() -> Facts {
     // SAFETY: `EL3_DEVICES` covers the entropy source.
     let seed = unsafe { Trng::new(TRNG) }.seed();
@@ -147,7 +143,6 @@ fn system(state: System) {
 }
 
 /// There are no redistributors.
-#[must_use]
 pub const fn emulated_redistributor(_ipa: u64, _cpus: usize) -> Option<usize> {
     None
 }

@@ -52,14 +52,12 @@ const IMAGES_FILE: &str = "opt/org.havmsi/images";
 pub const UART_DIVISOR: Option<u32> = None;
 
 /// The monitor's console.
-#[must_use]
 pub const fn uart() -> Uart {
     // SAFETY: `EL3_DEVICES` covers the secure UART of the virt machine.
     unsafe { Uart::new(SECURE_UART) }
 }
 
 /// The interrupt controller.
-#[must_use]
 pub fn gic() -> Gic {
     // ID_AA64PFR0_EL1.GIC [27:24]: the system register interface is there.
     if id_aa64pfr0_el1::read() >> 24 & 15 != 0 {
@@ -74,14 +72,12 @@ pub fn gic() -> Gic {
 
 /// Takes the SMMU over that all of PCI is behind (`iommu=smmuv3`); without it the
 /// first access aborts, and the machine stays where it is.
-#[must_use]
 pub fn smmu() -> Option<Smmu> {
     // SAFETY: `EL3_DEVICES` covers the SMMU of the virt machine.
     Some(unsafe { Smmu::take(SMMU) })
 }
 
 /// Asks the board.
-#[must_use]
 pub fn facts() -> Facts {
     // SAFETY: `EL3_DEVICES` covers fw_cfg of the virt machine.
     let config = unsafe { FwCfg::new(FW_CFG) };
@@ -139,7 +135,6 @@ fn raise(pin: u32) {
 
 /// The pages of the redistributors that the monitor answers for: RD_base page
 /// 0 of each frame. Where `ipa` lies from the first redistributor, if there.
-#[must_use]
 pub fn emulated_redistributor(ipa: u64, cpus: usize) -> Option<usize> {
     let offset = usize::try_from(ipa).ok()?.checked_sub(REDISTRIBUTORS)?;
     (offset < cpus * REDISTRIBUTOR_SIZE && offset % REDISTRIBUTOR_SIZE < 0x1000).then_some(offset)
