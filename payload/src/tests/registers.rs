@@ -609,7 +609,7 @@ fn claim_tags() -> Outcome {
 test!(claim_tags, "T07 T08");
 
 extern "C" fn leave_registers(_: u64) -> u64 {
-    set_fp(0x5ec2e7);
+    set_fp(0x005e_c2e7);
     msr!("dbgbvr0_el1", 0x1230);
     msr!("dbgwvr0_el1", 0x4560);
     0
