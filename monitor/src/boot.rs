@@ -130,7 +130,7 @@ fn other() -> ! {
     resume()
 }
 
-fn resume() -> ! {
+pub fn resume() -> ! {
     // SAFETY: `init` set the current frame to the host's and `host::enter`
     // filled it; nothing on this stack is needed any more.
     unsafe { resume_current() }

@@ -21,18 +21,14 @@ use havmsi_hal::{barrier, tlb};
 
 use crate::cpu::{Frame, this_cpu};
 use crate::run::{self, Cause};
-use crate::{dispatch, host, host_abort, log, platform, psci};
+use crate::{boot, dispatch, host, host_abort, log, platform, psci};
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
 /// An exception from a lower exception level; its state is in the current
-/// frame. `kind` is numbered in vectors.S.
-pub extern "C" fn exception_from_lower(kind: u64) {
-    let cause = match kind {
-        0 => Cause::Synchronous,
-        3 => Cause::SError,
-        _ => Cause::Interrupt,
-    };
+/// frame. `cause` is numbered in vectors.S. The way out starts from an empty
+/// stack, so nothing has to be kept for a return.
+pub extern "C" fn exception_from_lower(cause: Cause) -> ! {
     let cpu = this_cpu();
     if !cpu.in_host() {
         run::guest_exit(cause);
@@ -47,11 +43,12 @@ pub extern "C" fn exception_from_lower(kind: u64) {
     } else {
         match cause {
             Cause::Synchronous => from_host(),
-            Cause::Interrupt => interrupt(),
+            Cause::Irq | Cause::Fiq => interrupt(),
             // Not routed to EL3 while the host runs.
             Cause::SError => {}
         }
     }
+    boot::resume()
 }
 
 /// The monitor's own interrupt.

@@ -287,15 +287,19 @@ fn host_call_of_guest(frame: &mut Frame) -> bool {
     true
 }
 
-/// What brought a world to EL3.
+/// What brought a world to EL3, as vectors.S numbers it.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+#[expect(dead_code, reason = "vectors.S makes them")]
 pub enum Cause {
     /// A synchronous exception.
-    Synchronous,
-    /// IRQ or FIQ.
-    Interrupt,
+    Synchronous = 0,
+    /// IRQ.
+    Irq = 1,
+    /// FIQ.
+    Fiq = 2,
     /// SError.
-    SError,
+    SError = 3,
 }
 
 /// The current guest came to EL3: handles it, and either leaves the guest the
@@ -316,7 +320,7 @@ pub fn guest_exit(cause: Cause) {
         } else {
             match cause {
                 Cause::Synchronous => decide(current, esr_el3::read(), false),
-                Cause::Interrupt => Some(Exit::default()),
+                Cause::Irq | Cause::Fiq => Some(Exit::default()),
                 Cause::SError => Some(Exit { class: ExitClass::SError, ..Exit::default() }),
             }
         };
@@ -325,7 +329,7 @@ pub fn guest_exit(cause: Cause) {
             local.current = None;
         }
     });
-    if cause == Cause::Interrupt {
+    if matches!(cause, Cause::Irq | Cause::Fiq) {
         // Perhaps the monitor's own; the host's are still pending.
         exception::interrupt();
     }

@@ -61,9 +61,9 @@ save:
     str     x3, [x1, #{frame_spsr}]
     mov     x29, xzr
     mov     x30, xzr
-    bl      {from_lower}
+    b       {from_lower}
 
-    // Also the way into a world for the first time: the stack is empty again.
+    // The way into a world: the stack is empty again.
     .global resume_current
 resume_current:
     mrs     x0, tpidr_el3
