@@ -13,12 +13,15 @@
 use core::hash::{BuildHasherDefault, Hasher};
 use std::boxed::Box;
 use std::collections::HashMap;
-use std::sync::atomic::AtomicU16;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::MutexGuard;
+#[cfg(not(feature = "shuttle"))]
+use std::sync::{Mutex, atomic::AtomicU16};
 use std::vec::Vec;
 
 use havmsi_abi::PAGE_SIZE;
 use havmsi_abi::layout::carveout;
+#[cfg(feature = "shuttle")]
+use shuttle::sync::{Mutex, atomic::AtomicU16};
 
 use crate::addr::{Ipa, Pa, index};
 use crate::host_map::HostMap;
@@ -295,11 +298,18 @@ impl State {
 /// Memory, TLBs, and what happened.
 #[derive(Default)]
 pub struct FakeHardware {
-    state: Mutex<State>,
+    state: std::sync::Mutex<State>,
+    /// Whether another CPU may go on at each access: `schedules/`.
+    #[cfg(feature = "shuttle")]
+    pub crowded: (std::sync::atomic::AtomicBool, shuttle::sync::atomic::AtomicBool),
 }
 
 impl FakeHardware {
     fn state(&self) -> MutexGuard<'_, State> {
+        #[cfg(feature = "shuttle")]
+        if self.crowded.0.load(std::sync::atomic::Ordering::Relaxed) {
+            self.crowded.1.load(std::sync::atomic::Ordering::Relaxed);
+        }
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
