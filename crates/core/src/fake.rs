@@ -372,6 +372,11 @@ impl FakeHardware {
         memory
     }
 
+    /// Table entries read and written so far.
+    pub fn accesses(&self) -> u64 {
+        self.state().accesses
+    }
+
     /// What happened since the last call.
     pub fn take_events(&self) -> Vec<Event> {
         std::mem::take(&mut self.state().events)
@@ -486,12 +491,17 @@ pub struct FakeMachine<'a> {
 impl<'a> FakeMachine<'a> {
     /// All of [`ram`] but the carve-out is the host's.
     pub fn new(records: &'a [AtomicU16]) -> Self {
+        Self::with_ram(records, ram(), CARVEOUT)
+    }
+
+    /// The same with other RAM, whose first bank starts at [`BASE`].
+    pub fn with_ram(records: &'a [AtomicU16], ram: Ram, carveout: u64) -> Self {
         let hw = FakeHardware::default();
-        let pages = Pages::new(ram(), records).expect("enough records");
+        let pages = Pages::new(ram, records).expect("enough records");
         let uart = Range { base: UART, size: PAGE_SIZE };
-        let host = HostMap::new(&hw, ram(), CARVEOUT, core::iter::once(uart)).expect("a map");
-        for (i, bank) in ram().banks().iter().enumerate() {
-            let skip = if i == 0 { CARVEOUT } else { 0 };
+        let host = HostMap::new(&hw, ram, carveout, core::iter::once(uart)).expect("a map");
+        for (i, bank) in ram.banks().iter().enumerate() {
+            let skip = if i == 0 { carveout } else { 0 };
             for at in (skip..bank.size).step_by(index(PAGE_SIZE)) {
                 pages.give_to_host(Pa(bank.base + at));
             }
