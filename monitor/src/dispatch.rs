@@ -46,9 +46,10 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
         }
         Function::HostReset => {
             for (_, vm) in vms::all() {
-                let mut vm = vm.lock();
-                if vm.exists() {
-                    vm.destroy(world, vms::free_context)?;
+                match vm.lock().destroy(world, vms::free_context) {
+                    // No VM in this slot.
+                    Err(Error::State) => {}
+                    step => return Err(step.err().unwrap_or(Error::Again).into()),
                 }
             }
         }

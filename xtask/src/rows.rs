@@ -140,6 +140,12 @@ pub fn table() -> Vec<Row> {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }
+    // The pure crate with loom's atomics, and with shuttle's: docs/architecture.md, "Locks".
+    for (tool, test) in [("loom", "orders"), ("shuttle", "schedules")] {
+        let mut words = vec!["test", "-q", "--locked", "--manifest-path", "schedules/Cargo.toml"];
+        words.extend(["--target-dir", "target/schedules", "--features", tool, "--test", test]);
+        add(format!("schedules/{tool}"), 600, Work::Cargo(words));
+    }
     add("fuzz/host".into(), 300, Work::FuzzHost(40));
     add("size/tcb".into(), 120, Work::Tcb);
     add("size/series".into(), 30, Work::Series);

@@ -307,11 +307,11 @@ fn ident(c: char) -> bool {
 }
 
 /// End of the bracketed group that opens at or after `from`, or of the item at a `;`. A match
-/// arm ends at its comma, a `let` at its semicolon only.
+/// arm ends at its comma, a `let` or `use` at its semicolon only.
 fn item_end(text: &[u8], from: usize) -> usize {
     let rest = text.get(from..).unwrap_or_default().trim_ascii_start();
     let is = |words: &[&str]| words.iter().any(|w| rest.starts_with(w.as_bytes()));
-    let (is_let, is_fn) = (is(&["let "]), is(&["fn ", "pub ", "pub(", "const "]));
+    let (is_let, is_fn) = (is(&["let ", "use "]), is(&["fn ", "pub ", "pub(", "const "]));
     let mut depth = 0_i32;
     for (i, c) in text.iter().enumerate().skip(from) {
         match c {
@@ -340,11 +340,13 @@ fn find_all(text: &str, word: &str) -> Vec<usize> {
     text.match_indices(word).map(|(i, _)| i).collect()
 }
 
-/// What only test monitors have.
-const TEST_BUILDS: [&str; 3] = [
+/// What only test monitors have, or the crate of `schedules/`.
+const TEST_BUILDS: [&str; 5] = [
     "#[cfg(feature = \"leave-out\")]",
     "#[cfg(feature = \"audit\")]",
     "#[cfg(any(test, feature = \"audit\"))]",
+    "#[cfg(feature = \"loom\")]",
+    "#[cfg(feature = \"shuttle\")]",
 ];
 
 /// Counts one Rust file. What only test monitors have does not count: items with
@@ -495,7 +497,7 @@ mod tests {
     fn what_only_test_monitors_have_does_not_count() {
         let source = "fn a() -> bool {\n    left_out!(A => return true);\n    crate::left_out!(B => if c { return d(1); });\n    \
             left_out!(C => {\n        e();\n    });\n    x() && !left_out!(D)\n}\n\
-            #[cfg(feature = \"leave-out\")]\nfn f() -> R<(), E> {\n}\n#[cfg(feature = \"leave-out\")]\nlet a = if b { c } else {\n    d\n};\n#[cfg(feature = \"other-one\")]\nfn g() {}\n";
+            #[cfg(feature = \"leave-out\")]\nfn f() -> R<(), E> {\n}\n#[cfg(feature = \"leave-out\")]\nlet a = if b { c } else {\n    d\n};\n#[cfg(feature = \"loom\")]\nuse a::{b, c};\n#[cfg(feature = \"other-one\")]\nfn g() {}\n";
         assert_eq!(count_rust(source).rust, 5);
     }
 

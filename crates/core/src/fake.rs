@@ -13,12 +13,15 @@
 use core::hash::{BuildHasherDefault, Hasher};
 use std::boxed::Box;
 use std::collections::HashMap;
-use std::sync::atomic::AtomicU16;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::MutexGuard;
+#[cfg(not(feature = "shuttle"))]
+use std::sync::{Mutex, atomic::AtomicU16};
 use std::vec::Vec;
 
 use havmsi_abi::PAGE_SIZE;
 use havmsi_abi::layout::carveout;
+#[cfg(feature = "shuttle")]
+use shuttle::sync::{Mutex, atomic::AtomicU16};
 
 use crate::addr::{Ipa, Pa, index};
 use crate::host_map::HostMap;
@@ -295,11 +298,18 @@ impl State {
 /// Memory, TLBs, and what happened.
 #[derive(Default)]
 pub struct FakeHardware {
-    state: Mutex<State>,
+    state: std::sync::Mutex<State>,
+    /// Whether another CPU may go on at each access: `schedules/`.
+    #[cfg(feature = "shuttle")]
+    pub crowded: (std::sync::atomic::AtomicBool, shuttle::sync::atomic::AtomicBool),
 }
 
 impl FakeHardware {
     fn state(&self) -> MutexGuard<'_, State> {
+        #[cfg(feature = "shuttle")]
+        if self.crowded.0.load(std::sync::atomic::Ordering::Relaxed) {
+            self.crowded.1.load(std::sync::atomic::Ordering::Relaxed);
+        }
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -360,6 +370,11 @@ impl FakeHardware {
         let mut memory = self.state().memory.clone();
         memory.retain(|_, p| p.iter().any(|w| *w != 0));
         memory
+    }
+
+    /// Table entries read and written so far.
+    pub fn accesses(&self) -> u64 {
+        self.state().accesses
     }
 
     /// What happened since the last call.
@@ -476,12 +491,17 @@ pub struct FakeMachine<'a> {
 impl<'a> FakeMachine<'a> {
     /// All of [`ram`] but the carve-out is the host's.
     pub fn new(records: &'a [AtomicU16]) -> Self {
+        Self::with_ram(records, ram(), CARVEOUT)
+    }
+
+    /// The same with other RAM, whose first bank starts at [`BASE`].
+    pub fn with_ram(records: &'a [AtomicU16], ram: Ram, carveout: u64) -> Self {
         let hw = FakeHardware::default();
-        let pages = Pages::new(ram(), records).expect("enough records");
+        let pages = Pages::new(ram, records).expect("enough records");
         let uart = Range { base: UART, size: PAGE_SIZE };
-        let host = HostMap::new(&hw, ram(), CARVEOUT, core::iter::once(uart)).expect("a map");
-        for (i, bank) in ram().banks().iter().enumerate() {
-            let skip = if i == 0 { CARVEOUT } else { 0 };
+        let host = HostMap::new(&hw, ram, carveout, core::iter::once(uart)).expect("a map");
+        for (i, bank) in ram.banks().iter().enumerate() {
+            let skip = if i == 0 { carveout } else { 0 };
             for at in (skip..bank.size).step_by(index(PAGE_SIZE)) {
                 pages.give_to_host(Pa(bank.base + at));
             }

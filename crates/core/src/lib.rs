@@ -47,3 +47,5 @@ mod concurrent;
 pub mod fake;
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod worst_case;

@@ -14,9 +14,15 @@
 //! The record is the page's lock: whoever turned it into `Moving` is alone.
 
 use core::marker::PhantomData;
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 use core::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use havmsi_abi::Error;
+// In `schedules/` only: their atomics in place of the CPU's.
+#[cfg(feature = "loom")]
+use loom::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+#[cfg(feature = "shuttle")]
+use shuttle::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use crate::addr::Pa;
 use crate::hw::Hardware;
@@ -147,7 +153,7 @@ impl<'a> Pages<'a> {
         (records.len() as u64 >= ram.page_count()).then_some(Self {
             ram,
             records,
-            counters: [const { AtomicU64::new(0) }; 5],
+            counters: core::array::from_fn(|_| AtomicU64::new(0)),
         })
     }
 

@@ -41,9 +41,10 @@ impl Uart {
         self.0.write32(CR, CR_UARTEN_TXE);
     }
 
-    /// Sends one byte, when there is room.
+    /// Sends one byte, when there is room. It is lost if that takes longer than
+    /// any line is slow (a byte has 87 us at 115,200 baud).
     pub fn send(&self, byte: u8) {
-        while self.0.read32(FR) & FR_TXFF != 0 {}
+        let _ = (0..1 << 16).any(|_| self.0.read32(FR) & FR_TXFF == 0);
         self.0.write32(DR, u32::from(byte));
     }
 }

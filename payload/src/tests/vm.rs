@@ -5,7 +5,7 @@ use havmsi_abi::{Function, MAX_IPA_BITS, MAX_RAM_RANGES, MAX_VCPUS, MAX_VCPUS_PE
 
 use crate::guest::{IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
 use crate::harness::Outcome;
-use crate::smc::{DENIED, INVALID, NO_SLOT, STATE, host, until_done};
+use crate::smc::{AGAIN, DENIED, INVALID, NO_SLOT, STATE, host, until_done};
 use crate::{ensure, expect, gic, memory, test};
 
 fn create_bad() -> Outcome {
@@ -215,6 +215,9 @@ fn as_many_vms_as_there_are() -> Outcome {
     };
     expect!(refused, NO_SLOT);
     expect!(count, MAX_VMS);
+    // A VM a call, so that no call is long.
+    expect!(host(Function::HostReset, &[]), Err(AGAIN));
+    expect!(host(Function::Stats, &[])?[0], before[0] + MAX_VMS as u64 - 1);
     until_done(Function::HostReset, &[], 10_000)?;
     expect!(host(Function::Stats, &[])?, before);
     Ok(())

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The table of worst cases in `docs/architecture.md` says what is measured here:
+//! each call, with all against it that there can be.
+
+use std::vec::Vec;
+
+use core::sync::atomic::AtomicU16;
+use havmsi_abi::layout::carveout_size;
+use havmsi_abi::{Error, MAX_PAGES_PER_CALL, PAGE_SIZE};
+
+use crate::addr::{Ipa, Pa, index};
+use crate::fake::{BANK2, BASE, Event, FakeMachine, root};
+use crate::guest_map::MapError;
+use crate::host_map::Resolution;
+use crate::launch::{Boot, Config};
+use crate::page::VmSlot;
+use crate::ram::{Ram, Range};
+use crate::stage2::{ENTRIES, LEVEL1_SIZE, LEVEL2_SIZE};
+use crate::vm::{Machine as _, Vm};
+
+const DOCS: &str = include_str!("../../../docs/architecture.md");
+const SLOT: VmSlot = VmSlot(2);
+const BANK1_SIZE: u64 = 10 << 20;
+const BANK2_SIZE: u64 = 2 * LEVEL1_SIZE;
+
+/// What a call costs; in the order of the table's columns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Cost {
+    wiped: u64,
+    copied: u64,
+    host_tlb: u64,
+    smmu: u64,
+    guest_tlb: u64,
+    entries: u64,
+}
+
+impl Cost {
+    fn max(self, other: Self) -> Self {
+        Self {
+            wiped: self.wiped.max(other.wiped),
+            copied: self.copied.max(other.copied),
+            host_tlb: self.host_tlb.max(other.host_tlb),
+            smmu: self.smmu.max(other.smmu),
+            guest_tlb: self.guest_tlb.max(other.guest_tlb),
+            entries: self.entries.max(other.entries),
+        }
+    }
+}
+
+/// What the table says about a call.
+fn stated(call: &str) -> Cost {
+    let row = DOCS.lines().find_map(|line| line.strip_prefix("| ")?.strip_prefix(call)).unwrap();
+    let cells: Vec<u64> = row.split('|').filter_map(|cell| cell.trim().parse().ok()).collect();
+    let [wiped, copied, host_tlb, smmu, guest_tlb, entries] = *cells else {
+        panic!("{call}: {cells:?}");
+    };
+    Cost { wiped, copied, host_tlb, smmu, guest_tlb, entries }
+}
+
+fn ram() -> Ram {
+    Ram::new([Range { base: BASE, size: BANK1_SIZE }, Range { base: BANK2, size: BANK2_SIZE }])
+}
+
+/// RAM that the host has in blocks of a GiB, with a VM in it that has no table yet.
+struct World<'a> {
+    m: FakeMachine<'a>,
+    vm: Vm,
+}
+
+fn records() -> Vec<AtomicU16> {
+    (0..ram().page_count()).map(|_| AtomicU16::new(0)).collect()
+}
+
+impl<'a> World<'a> {
+    fn new(records: &'a [AtomicU16]) -> Self {
+        let ram = ram();
+        let carveout = carveout_size(BANK1_SIZE + BANK2_SIZE);
+        let m = FakeMachine::with_ram(records, ram, carveout);
+        let mut vm = Vm::FREE;
+        vm.create(SLOT, root(SLOT), Config { ipa_bits: 40, gic: 2, max_vcpus: 64 }, 0).unwrap();
+        vm.create_vcpu(&m, 0, BASE + carveout, 0).unwrap();
+        vm.set_boot(0, Boot::default()).unwrap();
+        Self { m, vm }
+    }
+
+    /// RAM at both ends of the address space: its tables are as far apart as can be.
+    fn with_ram(mut self) -> Self {
+        self.vm.add_ram(0, 2 * LEVEL2_SIZE).unwrap();
+        self.vm.add_ram((1 << 40) - LEVEL2_SIZE, LEVEL2_SIZE).unwrap();
+        self
+    }
+
+    fn active(mut self) -> Self {
+        self.vm.activate(&self.m).unwrap();
+        self
+    }
+
+    fn pool(&mut self, first: u64, n: u64) {
+        self.vm.donate_pool(&self.m, page(first), n).unwrap();
+    }
+
+    /// The host has looked there: its map shows the zero frame.
+    fn looked_at(&self, first: u64, n: u64) {
+        for at in first..first + n {
+            let ipa = Ipa(page(at));
+            let seen = self.m.with_host_map(|map| map.resolve(&self.m.hw, ipa, false, false));
+            assert_eq!(seen, Resolution::Retry);
+        }
+    }
+
+    fn cost<T>(&mut self, call: impl FnOnce(&mut Vm, &FakeMachine<'_>) -> T) -> (Cost, T) {
+        self.m.hw.take_events();
+        let before = self.m.hw.accesses();
+        let result = call(&mut self.vm, &self.m);
+        let mut cost = Cost { entries: self.m.hw.accesses() - before, ..Cost::default() };
+        for event in self.m.hw.take_events() {
+            match event {
+                Event::Write(..) | Event::InvalidateIcache => {}
+                Event::Zero(_) => cost.wiped += 1,
+                Event::Copy(_) => cost.copied += 1,
+                Event::InvalidateHost(_) => cost.host_tlb += 1,
+                Event::InvalidateDevices(_) => cost.smmu += 1,
+                Event::InvalidateGuest(..) | Event::InvalidateGuestAll(_) => cost.guest_tlb += 1,
+            }
+        }
+        (cost, result)
+    }
+
+    /// All steps of a reset or destruction: what the worst costs of each kind.
+    fn steps(&mut self, call: impl Fn(&mut Vm, &FakeMachine<'_>) -> Result<(), Error>) -> Cost {
+        let mut worst = Cost::default();
+        loop {
+            let (cost, result) = self.cost(&call);
+            worst = worst.max(cost);
+            match result {
+                Ok(()) => return worst,
+                Err(error) => assert_eq!(error, Error::Again),
+            }
+        }
+    }
+}
+
+/// A page in the second bank, from the middle of it on: its GiBs are blocks as yet.
+fn page(n: u64) -> u64 {
+    BANK2 + LEVEL1_SIZE - PAGE_SIZE * 16 + n * PAGE_SIZE
+}
+
+#[test]
+fn a_page_that_splits_two_blocks_and_needs_two_tables() {
+    let records = records();
+    let mut world = World::new(&records).with_ram();
+    world.vm.donate_pool(&world.m, BANK2, 2).unwrap();
+    // Of the GiB that the pool is not in.
+    let (cost, result) = world.cost(|vm, m| vm.populate(m, 0, page(16), &mut [0; 4096]));
+    assert_eq!((cost, result), (stated("VM_POPULATE"), Ok(())));
+
+    let records = self::records();
+    let mut world = World::new(&records).with_ram().active();
+    world.vm.donate_pool(&world.m, BANK2, 2).unwrap();
+    let (cost, result) = world.cost(|vm, m| vm.map_page(m, 0, page(16)));
+    assert_eq!((cost, result), (stated("PAGE_MAP"), Ok(())));
+}
+
+#[test]
+fn table_memory_from_two_gib() {
+    let records = records();
+    let mut world = World::new(&records);
+    let (cost, result) = world.cost(|vm, m| vm.donate_pool(m, page(0), MAX_PAGES_PER_CALL));
+    assert_eq!((cost, result), (stated("POOL_DONATE"), Ok(())));
+}
+
+#[test]
+fn pages_that_the_host_looked_for() {
+    let records = records();
+    let mut world = World::new(&records).with_ram().active();
+    world.pool(100, 3);
+    // On both sides of a table's end.
+    let first = LEVEL2_SIZE - 16 * PAGE_SIZE;
+    for n in 0..MAX_PAGES_PER_CALL {
+        world.vm.map_page(&world.m, first + n * PAGE_SIZE, page(n)).unwrap();
+    }
+    world.looked_at(0, MAX_PAGES_PER_CALL);
+    let (cost, result) = world.cost(|vm, m| vm.unmap_pages(m, first, MAX_PAGES_PER_CALL));
+    assert_eq!((cost, result), (stated("PAGE_UNMAP"), Ok(())));
+}
+
+#[test]
+fn a_device_that_needs_two_tables() {
+    let records = records();
+    let mut world = World::new(&records);
+    world.pool(0, 2);
+    let (cost, result) = world.cost(|vm, m| vm.map_device(m, 0x801_0000, Pa(0x804_0000)));
+    assert_eq!((cost, result), (stated("MAP_DEV"), Ok(())));
+}
+
+/// The most that a step of a teardown finds: the rest of a level 2 table, all of
+/// the root, all of another level 2 table, then a level 3 table without a hole.
+fn two_far_tables(world: &mut World<'_>) {
+    world.pool(100, 4);
+    let end = (1 << 40) - LEVEL2_SIZE;
+    world.vm.map_page(&world.m, 0, page(99)).unwrap();
+    let per_table = ENTRIES as u64;
+    for n in 0..per_table {
+        world.vm.map_page(&world.m, end + n * PAGE_SIZE, page(200 + n)).unwrap();
+    }
+    let lost = per_table - MAX_PAGES_PER_CALL;
+    for n in 0..lost / MAX_PAGES_PER_CALL {
+        let at = end + n * MAX_PAGES_PER_CALL * PAGE_SIZE;
+        world.vm.unmap_pages(&world.m, at, MAX_PAGES_PER_CALL).unwrap();
+    }
+    world.looked_at(200 + lost, MAX_PAGES_PER_CALL);
+}
+
+#[test]
+fn a_reset_looks_far_and_gives_all_back() {
+    let records = records();
+    let mut world = World::new(&records).with_ram().active();
+    two_far_tables(&mut world);
+    assert_eq!(world.steps(|vm, m| vm.reset(m)), stated("VM_RESET"));
+}
+
+#[test]
+fn a_destruction_has_the_same_steps_and_those_of_the_pool() {
+    let records = records();
+    let mut world = World::new(&records).with_ram().active();
+    two_far_tables(&mut world);
+    // The pool's pages were looked at as well.
+    world.pool(0, MAX_PAGES_PER_CALL);
+    world.pool(32, MAX_PAGES_PER_CALL);
+    world.looked_at(0, 2 * MAX_PAGES_PER_CALL);
+    assert_eq!(world.steps(|vm, m| vm.destroy(m, |_| ())), stated("VM_DESTROY"));
+    assert_eq!(world.m.pages.census().table, 0);
+}
+
+/// A call that is refused does no more than one that isn't.
+#[test]
+fn a_refusal_is_cheap() {
+    let records = records();
+    let mut world = World::new(&records).with_ram().active();
+    world.pool(100, 2);
+    let zero = Cost::default();
+    for (ipa, pa) in [(1 << 39, page(0)), (0, BASE), (0, u64::MAX - 0xfff), (8, page(0))] {
+        let (cost, result) = world.cost(|vm, m| vm.map_page(m, ipa, pa));
+        assert!(matches!(result, Err(MapError::Other(_))), "{ipa:#x} {pa:#x}");
+        assert_eq!(cost, zero, "{ipa:#x} {pa:#x}");
+    }
+    let most = MAX_PAGES_PER_CALL + 1;
+    assert_eq!(world.cost(|vm, m| vm.unmap_pages(m, 0, most)).0, zero);
+    assert_eq!(world.cost(|vm, m| vm.donate_pool(m, page(0), most)).0, zero);
+    assert_eq!(world.cost(|vm, m| vm.donate_pool(m, page(99), 2)), (zero, Err(Error::Denied)));
+    let tables = world.vm.map.pool_len();
+    let (cost, _) = world.cost(|vm, m| vm.map_page(m, 0, page(100)));
+    assert_eq!((cost, world.vm.map.pool_len()), (zero, tables));
+    assert_eq!(index(tables), 2);
+}
