@@ -198,11 +198,11 @@ impl Job<'_> {
         Ok(format!("the guest rebooted; {pages} pages of its first boot were left"))
     }
 
-    fn stats(&self, when: &str) -> Option<[u64; 5]> {
+    fn stats(&self, when: &str) -> Option<[u64; 6]> {
         let attacker = self.attacker.filter(|_| self.monitor)?;
         let x = attacker.smc(&[Function::Stats.id().into()]).ok()?;
-        let stats = [x[1], x[2], x[3], x[4], x[5]];
-        let names = ["vms", "vcpus", "private", "tables", "host"];
+        let stats = [x[1], x[2], x[3], x[4], x[5], x[6]];
+        let names = ["vms", "vcpus", "private", "tables", "shared", "host"];
         let object = names
             .iter()
             .zip(stats)
