@@ -27,6 +27,8 @@ pub enum Owner {
     RunPage(Handle),
     Table(Handle),
     Private(Handle),
+    /// A VM's, which lends it to the host.
+    Shared(Handle),
     /// Another CPU has it in motion.
     Moving,
 }
@@ -45,6 +47,23 @@ pub enum Power {
     /// Starts at `pc` with `x0` to `x3`.
     Pending(u64, [u64; 4]),
     On,
+}
+
+const MEM_SHARE: u64 = 0xc600_0003;
+const MEM_UNSHARE: u64 = 0xc600_0004;
+const MMIO_GUARD: u64 = 0xc600_0007;
+/// SMCCC's.
+const INVALID_PARAMETER: u64 = (-3_i64).cast_unsigned();
+
+/// What comes of a guest's call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Called {
+    /// `x0` to `x3`.
+    Answered([u64; 4]),
+    /// The host hears of it, and may answer.
+    Forwarded,
+    /// This page must be mapped first.
+    Missing(u64),
 }
 
 /// What the last exit lets the host answer.
@@ -95,6 +114,8 @@ pub struct Vm {
     /// Places whose page was taken away.
     pub lost: BTreeSet<u64>,
     pub devices: BTreeSet<u64>,
+    /// Runs of pages where the guest wants devices: first page and end.
+    guards: Vec<(u64, u64)>,
     /// The 2 MiB and 1 GiB regions that have a table.
     blocks: BTreeSet<u64>,
     gibs: BTreeSet<u64>,
@@ -109,6 +130,12 @@ pub struct Vm {
 impl Vm {
     pub fn is_ram(&self, ipa: u64) -> bool {
         self.ram.iter().any(|(base, size)| ipa >= *base && ipa - base < *size)
+    }
+
+    /// Whether the host may emulate what is at the page.
+    pub fn emulated(&self, ipa: u64) -> bool {
+        let page = ipa / PAGE_SIZE * PAGE_SIZE;
+        self.guards.is_empty() || self.guards.iter().any(|(from, to)| (*from..*to).contains(&page))
     }
 
     fn running(&self) -> bool {
@@ -146,6 +173,7 @@ impl Vm {
         self.image.clear();
         self.lost.clear();
         self.devices.clear();
+        self.guards.clear();
         for vcpu in self.vcpus.values_mut() {
             vcpu.boot = None;
             vcpu.power = Power::Off;
@@ -195,6 +223,7 @@ pub struct Stats {
     pub vcpus: u64,
     pub private: u64,
     pub table: u64,
+    pub shared: u64,
     pub host: u64,
 }
 
@@ -260,6 +289,7 @@ impl Model {
             private: BTreeMap::new(),
             lost: BTreeSet::new(),
             devices: BTreeSet::new(),
+            guards: vec![],
             blocks: BTreeSet::new(),
             gibs: BTreeSet::new(),
             tables: BTreeSet::new(),
@@ -512,7 +542,10 @@ impl Model {
             let table = self.owners[pa] == Owner::Table(handle);
             assert!(!table || destroy, "a reset gave table memory away");
             private -= usize::from(table);
-            assert!(matches!(self.owners[pa], Owner::Table(h) | Owner::Private(h) if h == handle));
+            let (Owner::Table(h) | Owner::Private(h) | Owner::Shared(h)) = self.owners[pa] else {
+                panic!("{pa:#x} comes back from {:?}", self.owners[pa]);
+            };
+            assert_eq!(h, handle);
             self.wipe(*pa);
             self.own(*pa, Owner::Host);
         }
@@ -543,17 +576,19 @@ impl Model {
     }
 
     pub fn stats(&self) -> Stats {
-        let (mut private, mut table) = (0, 0);
+        let (mut private, mut table, mut shared) = (0, 0, 0);
         for owner in self.owners.values() {
             private += u64::from(matches!(owner, Owner::Private(_)));
             table += u64::from(matches!(owner, Owner::Table(_)));
+            shared += u64::from(matches!(owner, Owner::Shared(_)));
         }
         Stats {
             vms: self.vms.len() as u64,
             vcpus: self.vms.values().map(|vm| vm.vcpus.len() as u64).sum(),
             private,
             table,
-            host: self.owners.len() as u64 - private - table,
+            shared,
+            host: self.owners.len() as u64 - private - table - shared,
         }
     }
 
@@ -613,16 +648,24 @@ impl Model {
             vcpu.power = Power::On;
         }
         let complete = answer == EntryFlags::COMPLETE;
+        let mut unshared = None;
         let x = &mut vcpu.registers.x;
         match question {
             Question::Load(rt, size, signed, wide) if complete && rt != 31 => {
                 x[rt] = extended(entry.data, size, signed, wide);
             }
             Question::SysregRead(rt) if complete && rt != 31 => x[rt] = entry.data,
-            Question::Hypercall if complete => x[..4].copy_from_slice(&entry.gpr),
+            Question::Hypercall if complete => {
+                let called = [x[0] & 0xffff_ffff, x[1]];
+                x[..4].copy_from_slice(&entry.gpr);
+                if called[0] == MEM_UNSHARE && entry.gpr[0] == 0 {
+                    unshared = Some(called[1]);
+                }
+            }
             _ => {}
         }
-        if complete && !matches!(question, Question::Hypercall | Question::Sgi) {
+        // Without an answer the call comes again; an SGI was sent at once.
+        if complete && question != Question::Sgi {
             vcpu.registers.pc += 4;
         }
         if question == Question::Hypercall
@@ -636,7 +679,46 @@ impl Model {
                 target.power = Power::Off;
             }
         }
+        if let Some(ipa) = unshared {
+            // The host agrees, if there is anything to agree to.
+            let page = self.vms[&handle].private.get(&ipa).copied();
+            let page = page.filter(|pa| self.owners[pa] == Owner::Shared(handle));
+            match page {
+                Some(pa) => self.own(pa, Owner::Private(handle)),
+                None => self.vcpu(handle, idx).registers.x[0] = INVALID_PARAMETER,
+            }
+        }
         no
+    }
+
+    /// MEM_SHARE and MMIO_GUARD by a guest: `x0`, or that the host has to map a page.
+    fn kvm_call(&mut self, handle: Handle, [function, ipa, x2, x3]: [u64; 4]) -> Option<u64> {
+        let vm = self.vms.get_mut(&handle).expect("a running VM");
+        let bad = x2 != 0 || x3 != 0 || !is_page(ipa) || ipa >> vm.bits != 0;
+        if function == MMIO_GUARD {
+            if bad || vm.is_ram(ipa) {
+                return Some(INVALID_PARAMETER);
+            }
+            // The first place that it is in, or just behind.
+            if let Some(run) = vm.guards.iter_mut().find(|(from, to)| (*from..=*to).contains(&ipa))
+            {
+                run.1 = run.1.max(ipa + PAGE_SIZE);
+            } else if vm.guards.len() == 64 {
+                return Some(INVALID_PARAMETER);
+            } else {
+                vm.guards.push((ipa, ipa + PAGE_SIZE));
+            }
+            return Some(0);
+        }
+        if bad || !vm.is_ram(ipa) {
+            return Some(INVALID_PARAMETER);
+        }
+        let pa = vm.private.get(&ipa).copied()?;
+        if self.owners[&pa] == Owner::Shared(handle) {
+            return Some(INVALID_PARAMETER);
+        }
+        self.own(pa, Owner::Shared(handle));
+        Some(0)
     }
 
     /// The vCPU stops running; `question` is what its exit asks, `sgis` are still
@@ -681,9 +763,37 @@ impl Model {
         vm.vcpus.get_mut(&idx).expect("a running vCPU")
     }
 
-    /// What a running guest's HVC or SMC comes to: its `x0` to `x3`, or `None`
-    /// if the host hears of it.
-    pub fn guest_call(&mut self, handle: Handle, idx: u64) -> Option<[u64; 4]> {
+    /// What a running guest's HVC or SMC comes to.
+    pub fn guest_call(&mut self, handle: Handle, idx: u64) -> Called {
+        let x = self.vcpu(handle, idx).registers.x;
+        let function = x[0] & 0xffff_ffff;
+        match function {
+            0x8600_ff01 => {
+                return Called::Answered([0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d]);
+            }
+            0x8600_0000 => return Called::Answered([0x9d, 0, 0, 0]),
+            0xc600_0002 => {
+                let good = [x[1], x[2], x[3]] == [0; 3];
+                let x0 = if good { PAGE_SIZE } else { INVALID_PARAMETER };
+                return Called::Answered([x0, 0, 0, 0]);
+            }
+            MEM_SHARE | MMIO_GUARD => {
+                return match self.kvm_call(handle, [function, x[1], x[2], x[3]]) {
+                    Some(x0) => Called::Answered([x0, 0, 0, 0]),
+                    None => Called::Missing(x[1]),
+                };
+            }
+            MEM_UNSHARE if x[2] | x[3] != 0 => {
+                return Called::Answered([INVALID_PARAMETER, 0, 0, 0]);
+            }
+            MEM_UNSHARE => return Called::Forwarded,
+            _ => {}
+        }
+        self.psci_call(handle, idx).map_or(Called::Forwarded, Called::Answered)
+    }
+
+    /// Its `x0` to `x3`, or `None` if the host hears of it.
+    fn psci_call(&mut self, handle: Handle, idx: u64) -> Option<[u64; 4]> {
         const NOT_SUPPORTED: u64 = u64::MAX;
         const INVALID_PARAMETERS: u64 = u64::MAX - 1;
         const ALREADY_ON: u64 = u64::MAX - 3;
@@ -753,7 +863,9 @@ impl Model {
     pub fn host_sees(&self, pa: u64, write: bool, fetch: bool) -> Option<Content> {
         let page = pa / PAGE_SIZE * PAGE_SIZE;
         match self.owners.get(&page)? {
-            Owner::Host | Owner::RunPage(_) | Owner::Moving => Some(self.content(page)),
+            Owner::Host | Owner::RunPage(_) | Owner::Shared(_) | Owner::Moving => {
+                Some(self.content(page))
+            }
             Owner::Table(_) | Owner::Private(_) => (!write && !fetch).then_some([0, 0]),
         }
     }
@@ -935,6 +1047,7 @@ pub fn exit(trap: &Trap, vm: &Vm, x: &[u64; 31], el1: bool, esr: u64) -> Outcome
         },
         Trap::Data { ipa, .. } if outside(ipa) => abort,
         Trap::Data { ipa, .. } if vm.is_ram(ipa) => fault(ipa, 1 << 6),
+        Trap::Data { ipa, .. } if !vm.emulated(ipa) => abort,
         Trap::Data { known: false, .. } => abort,
         Trap::Data { ipa, rt, size, signed, wide, write, .. } => {
             let esr = esr & !(0x1f << 16);
@@ -961,6 +1074,8 @@ pub fn exit(trap: &Trap, vm: &Vm, x: &[u64; 31], el1: bool, esr: u64) -> Outcome
                 abort
             } else if vm.is_ram(ipa) {
                 fault(ipa, 0)
+            } else if !vm.emulated(ipa) {
+                abort
             } else {
                 Outcome::Stepped
             }

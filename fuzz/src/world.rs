@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use havmsi_abi::{Entry, EntryFlags, Error, ExitClass, PAGE_SIZE, WORDS_ENTRY};
+use havmsi_abi::{Entry, EntryFlags, Error, Exit, ExitClass, PAGE_SIZE, WORDS_ENTRY};
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::exit::{self, Action, Answer, Injection, Pending, Syndrome};
 use havmsi_core::fake::{self, BANK2, BASE, CARVEOUT, FakeMachine, UART, host_page, root};
@@ -18,7 +18,8 @@ use havmsi_core::vm::{Machine as _, Vm, handle_slot};
 use havmsi_core::{psci, vgic};
 
 use crate::model::{
-    self, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Refusal, Registers, Trap,
+    self, Called, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Refusal,
+    Registers, Trap,
 };
 
 /// VMs that can be at once.
@@ -394,15 +395,15 @@ impl<'a> World<'a> {
         assert_eq!(run.vttbr, Self::vttbr(handle));
         let context = self.contexts.get_mut(&(handle, idx)).expect("a vCPU that exists");
         let pending = if run.start.is_some() { Pending::Nothing } else { context.pending };
-        let answer = exit::answer(&pending, entry)?;
+        let mut answer = exit::answer(&pending, entry)?;
         let implemented = if run.config.gic == 0 { 0 } else { LRS as usize };
         let used = vgic::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
         let sgis = vgic::pending_sgis(&entry.lr, used);
         vm.take_sgis(idx, sgis)?;
         vm.enter(idx)?;
         if pending == Pending::Hypercall {
-            let result = if let Answer::Results([x0, ..]) = answer { x0 } else { 0 };
-            vm.cpu_on_answered(idx, result);
+            let [x0, x1, ..] = context.registers.x;
+            hypercall::answered(self.m, vm, idx, [x0, x1], &mut answer);
         }
         context.sgis = sgis;
         context.pending = Pending::Nothing;
@@ -417,7 +418,10 @@ impl<'a> World<'a> {
                 exit::write_register(&mut registers.x, rt, value);
                 registers.pc += 4;
             }
-            Answer::Results(results) => registers.x[..4].copy_from_slice(&results),
+            Answer::Results(results) => {
+                registers.x[..4].copy_from_slice(&results);
+                registers.pc += 4;
+            }
         }
         let injected = matches!(answer, Answer::Inject(_));
         let flags = entry.flags.0;
@@ -483,7 +487,9 @@ impl<'a> World<'a> {
         let at = if zero { leaf.address() } else { Pa(page) };
         let found = [self.m.hw.peek(at, 0), self.m.hw.peek(at, 511)];
         assert_eq!(found, expected, "what the host sees at {pa:#x}");
-        assert!(found.iter().all(|w| w & SECRET == 0), "the host sees a guest's word at {pa:#x}");
+        let shared = matches!(self.model.owners.get(&page), Some(Owner::Shared(_)));
+        let secret = !shared && found.iter().any(|w| w & SECRET != 0);
+        assert!(!secret, "the host sees a guest's word at {pa:#x}");
         if write {
             self.write(page, value);
         }
@@ -618,7 +624,7 @@ impl<'a> World<'a> {
         let config = Config { ipa_bits: bits, gic, max_vcpus };
         let vm = self.find(handle).expect("it runs");
         let syndrome = Syndrome { esr, ipa: Ipa(ipa), privileged: el1, idx };
-        let action = exit::decide(&syndrome, &x, &config, |ipa| vm.is_ram(ipa));
+        let action = exit::decide(&syndrome, &x, &config, |ipa| vm.ram_or_device(ipa));
         let expected = model::exit(trap, &self.model.vms[&handle], &x, el1, esr);
         if self.verbose {
             eprintln!("  {trap:x?}: {action:x?}");
@@ -677,25 +683,29 @@ impl<'a> World<'a> {
     fn call(&mut self, handle: Handle, idx: u64) {
         let x = self.contexts[&(handle, idx)].registers.x;
         let function = x[0] & 0xbfff_ffff;
+        let m = self.m;
         let vm = self.find(handle).expect("it runs");
-        let answer = hypercall::call(vm, idx, [x[0], x[1], x[2], x[3]], || None);
+        let gpr = [x[0], x[1], x[2], x[3]];
+        let answer = hypercall::call(m, vm, idx, gpr, || None);
         if (0x8400_0050..=0x8400_0053).contains(&function) {
             // Random numbers are not modelled; the host must not hear of it.
-            assert!(answer.is_some());
+            assert!(answer.is_ok());
+            // Behind it: what was called stays.
+            self.go_on(handle, idx);
             return;
         }
         let expected = self.model.guest_call(handle, idx);
         match (answer, expected) {
-            (Some(answer), Some(expected)) => {
+            (Ok(answer), Called::Answered(expected)) => {
                 assert_eq!(answer, expected, "call {:x?}", &x[..4]);
                 let registers =
                     &mut self.contexts.get_mut(&(handle, idx)).expect("it runs").registers;
                 registers.x[..4].copy_from_slice(&answer);
                 self.model.vcpu(handle, idx).registers.x[..4].copy_from_slice(&answer);
+                self.go_on(handle, idx);
             }
-            (None, None) => {
-                let shown = exit::hypercall_exit();
-                let gpr = [x[0], x[1], x[2], x[3]];
+            (Err(Pending::Hypercall), Called::Forwarded) => {
+                let shown = exit::call(&Pending::Hypercall, x[1]);
                 assert_eq!(
                     (
                         shown.class,
@@ -708,12 +718,19 @@ impl<'a> World<'a> {
                 );
                 self.leave(handle, idx, Pending::Hypercall, Question::Hypercall);
             }
+            (Err(Pending::Nothing), Called::Missing(ipa)) => {
+                let shown = exit::call(&Pending::Nothing, x[1]);
+                let esr = 0x24 << 26 | 1 << 25 | 1 << 6 | 7;
+                let class = ExitClass::Fault;
+                assert_eq!(shown, Exit { class, esr, ipa, mode: 1, ..Exit::default() });
+                self.leave(handle, idx, Pending::Nothing, Question::Nothing);
+            }
             (answer, expected) => panic!("call {:x?}: {answer:?}, expected {expected:?}", &x[..4]),
         }
     }
 
     fn guest_call(&mut self, a: u8, [b, c, d, e]: [u8; 4]) {
-        const FUNCTIONS: [u64; 20] = [
+        const FUNCTIONS: [u64; 28] = [
             0xc400_0003,
             0x8400_0003,
             0xc400_0003,
@@ -734,6 +751,14 @@ impl<'a> World<'a> {
             0xc200_000b,
             0x8400_000e,
             0xc400_0002,
+            0xc600_0002,
+            0xc600_0003,
+            0xc600_0003,
+            0xc600_0004,
+            0xc600_0004,
+            0xc600_0007,
+            0x8600_0000,
+            0x8600_ff01,
         ];
         let Some((handle, idx)) = self.guest(a) else { return };
         let function = FUNCTIONS[usize::from(b) % FUNCTIONS.len()];
@@ -745,7 +770,14 @@ impl<'a> World<'a> {
             7 => 1 << 24,
             n => FUNCTIONS[(usize::from(n) + usize::from(d)) % FUNCTIONS.len()],
         } | high;
-        let x = [function | u64::from(e >> 7) << 40, x1, u64::from(d % 4) | high, spread(e)];
+        // KVM's calls name a place, and mostly no more.
+        let about_page = (0xc600_0002..=0xc600_0007).contains(&function);
+        let x = if about_page {
+            let rest = u64::from(e & 0x3f == 1);
+            [function | u64::from(e >> 7) << 40, place(c), rest, u64::from(e & 0x3f == 2)]
+        } else {
+            [function | u64::from(e >> 7) << 40, x1, u64::from(d % 4) | high, spread(e)]
+        };
         let registers = &mut self.contexts.get_mut(&(handle, idx)).expect("it runs").registers;
         registers.x[..4].copy_from_slice(&x);
         self.model.vcpu(handle, idx).registers.x[..4].copy_from_slice(&x);
@@ -814,6 +846,7 @@ impl<'a> World<'a> {
                 Some(page::Owner::RunPage(vm)) => Some(Owner::RunPage(handle_of(vm))),
                 Some(page::Owner::Table(vm)) => Some(Owner::Table(handle_of(vm))),
                 Some(page::Owner::Private(vm)) => Some(Owner::Private(handle_of(vm))),
+                Some(page::Owner::Shared(vm)) => Some(Owner::Shared(handle_of(vm))),
                 Some(page::Owner::Monitor) => None,
             };
             let expected = self.model.owners.get(&pa.0).copied();
@@ -855,8 +888,8 @@ impl<'a> World<'a> {
         }
         let (census, stats) = (self.m.pages.census(), self.model.stats());
         assert_eq!(
-            (census.host, census.table, census.private),
-            (stats.host, stats.table, stats.private),
+            (census.host, census.table, census.private, census.shared),
+            (stats.host, stats.table, stats.private, stats.shared),
             "STATS"
         );
         let live = self.vms.iter().filter(|vm| vm.exists()).count() as u64;

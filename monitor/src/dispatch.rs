@@ -11,38 +11,38 @@ use havmsi_hal::sysreg::{cntpct_el0, cntvoff_el2};
 use crate::host::{self, World};
 use crate::{boot, log, platform, vms};
 
-/// What a call gives back in `x0` to `x5`.
-type Results = [u64; 6];
+/// What a call gives back in `x0` to `x6`.
+type Results = [u64; 7];
 
 /// A call that is neither PSCI's nor VCPU_RUN. Returns `x0` on.
 pub fn host_call(function: u32, args: &[u64; 8]) -> Results {
     if function == UID_CALL {
         let [a, b, c, d] = UID.map(u64::from);
-        return [a, b, c, d, 0, 0];
+        return [a, b, c, d, 0, 0, 0];
     }
     #[cfg(feature = "audit")]
     if function == havmsi_abi::AUDIT_CALL {
-        return [crate::audit::call(args[1]), 0, 0, 0, 0, 0];
+        return [crate::audit::call(args[1]), 0, 0, 0, 0, 0, 0];
     }
     let result = match Function::from_id(function) {
         None => Err(Error::NotSupported.into()),
         Some(function) => call(host::world(), function, args),
     };
-    let ([a, b, c, d, e], code) = match result {
-        Ok(values) => (values, SUCCESS),
-        Err(MapError::Tables(pages)) => ([pages, 0, 0, 0, 0], Error::NoMemory.code()),
-        Err(MapError::Other(error)) => ([0; 5], error.code()),
-    };
-    [code.cast_unsigned(), a, b, c, d, e]
+    let refused = |error: Error, x1| [error.code().cast_unsigned(), x1, 0, 0, 0, 0, 0];
+    match result {
+        Ok([a, b, c, d, e, f]) => [SUCCESS.cast_unsigned(), a, b, c, d, e, f],
+        Err(MapError::Tables(pages)) => refused(Error::NoMemory, pages),
+        Err(MapError::Other(error)) => refused(error, 0),
+    }
 }
 
 /// All calls but VCPU_RUN, with `x1` on if they return something there.
-fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], MapError> {
+fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], MapError> {
     let [_, a1, a2, a3, a4, a5, a6, a7] = *args;
     match function {
-        Function::Version => return Ok([VERSION, 0, 0, 0, 0]),
+        Function::Version => return Ok([VERSION, 0, 0, 0, 0, 0]),
         Function::CpuInfo => {
-            return Ok([world.vgic.vtr(), world.gic.version(), MAX_IPA_BITS, 0, 0]);
+            return Ok([world.vgic.vtr(), world.gic.version(), MAX_IPA_BITS, 0, 0, 0]);
         }
         Function::HostReset => {
             for (_, vm) in vms::all() {
@@ -73,7 +73,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
             let digest = with_vm(a1, |vm| vm.activate(world))?;
             log!("VM {a1:#x} launched, digest {}", Hex(&digest));
             let [a, b, c, d] = words(&digest);
-            return Ok([a, b, c, d, 0]);
+            return Ok([a, b, c, d, 0, 0]);
         }
         Function::TimerLoad => {
             havmsi_core::left_out!(Panic => assert!(a1 != u64::MAX, "told to"));
@@ -84,7 +84,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
         Function::PageMap => with_vm(a1, |vm| vm.map_page(world, a2, a3))?,
         Function::PageUnmap => {
             with_vm(a1, |vm| vm.unmap_pages(world, a2, a3))?;
-            return Ok([a3, 0, 0, 0, 0]);
+            return Ok([a3, 0, 0, 0, 0, 0]);
         }
         Function::MapDev => {
             if !platform::is_virtual_cpu_interface(a3, world.gic.version())
@@ -101,7 +101,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 5], 
         // Of a guest whose calls a test monitor takes for the host's.
         Function::VcpuRun => return Err(Error::NotSupported.into()),
     }
-    Ok([0; 5])
+    Ok([0; 6])
 }
 
 fn with_vm<T, E: Into<MapError>>(
@@ -114,13 +114,13 @@ fn with_vm<T, E: Into<MapError>>(
     f(&mut vm).map_err(Into::into)
 }
 
-fn create(config: Config) -> Result<[u64; 5], MapError> {
+fn create(config: Config) -> Result<[u64; 6], MapError> {
     // The guest's counter starts at 0 with its VM.
     let cntvoff = cntpct_el0::read();
     boot::vms_ran();
     for (slot, vm) in vms::all() {
         match vm.lock().create(slot, vms::root(slot), config, cntvoff) {
-            Ok(handle) => return Ok([handle, cntvoff, 0, 0, 0]),
+            Ok(handle) => return Ok([handle, cntvoff, 0, 0, 0, 0]),
             Err(Error::Busy) => {}
             Err(error) => return Err(error.into()),
         }
@@ -128,7 +128,7 @@ fn create(config: Config) -> Result<[u64; 5], MapError> {
     Err(Error::NoMemory.into())
 }
 
-fn stats(world: &World) -> [u64; 5] {
+fn stats(world: &World) -> [u64; 6] {
     let census = world.pages().census();
     let (mut count, mut vcpus) = (0, 0);
     for (_, vm) in vms::all() {
@@ -138,7 +138,7 @@ fn stats(world: &World) -> [u64; 5] {
             vcpus += vm.vcpu_count() as u64;
         }
     }
-    [count, vcpus, census.private, census.table, census.host]
+    [count, vcpus, census.private, census.table, census.shared, census.host]
 }
 
 /// A digest in hexadecimal.

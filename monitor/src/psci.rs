@@ -30,14 +30,11 @@ pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
             Ok(0)
         }
         (id::CPU_OFF, false) => Ok(cpu_off()),
-        (id::SYSTEM_OFF, false) => {
-            crate::log!("the host turns the machine off");
-            platform::power_off();
-            Err(Error::InternalFailure)
-        }
-        (id::SYSTEM_RESET, false) => {
-            crate::log!("the host resets the machine");
-            platform::reset();
+        (id::SYSTEM_OFF | id::SYSTEM_RESET, false) => {
+            let off = function == id::SYSTEM_OFF;
+            crate::log!("the host {} the machine", if off { "turns off" } else { "resets" });
+            let end = if off { platform::power_off } else { platform::reset };
+            end();
             Err(Error::InternalFailure)
         }
         _ => return psci::discovery(function, low32(args[1])),

@@ -189,7 +189,7 @@ fn enter(
         // What its last life left open is nobody's business any more.
         current.context.pending = Pending::Nothing;
     }
-    let answer = exit::answer(&current.context.pending, &entry)?;
+    let mut answer = exit::answer(&current.context.pending, &entry)?;
     let vgic = &host::world().vgic;
     let implemented = if run.config.gic == 0 { 0 } else { vgic.list_registers() };
     let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
@@ -202,12 +202,12 @@ fn enter(
     let cntvoff = cntvoff_el2::read();
     // Accepted: from here on things change.
     locked.enter(idx)?;
-    if current.context.pending == Pending::Hypercall {
-        let result = if let Answer::Results([x0, ..]) = answer { x0 } else { 0 };
-        locked.cpu_on_answered(idx, result);
+    let context = &mut *current.context;
+    if context.pending == Pending::Hypercall {
+        let [x0, x1, ..] = context.frame.x;
+        hypercall::answered(host::world(), &mut locked, idx, [x0, x1], &mut answer);
     }
     drop(locked);
-    let context = &mut *current.context;
     if !havmsi_core::left_out!(AnswerOnce) {
         context.pending = Pending::Nothing;
     }
@@ -218,12 +218,12 @@ fn enter(
     let mut injection = None;
     match answer {
         Answer::Nothing => {}
-        Answer::Set { rt, value } => {
-            exit::write_register(&mut context.frame.x, rt, value);
-            context.frame.step();
-        }
+        Answer::Set { rt, value } => exit::write_register(&mut context.frame.x, rt, value),
         Answer::Results(results) => context.frame.x[..4].copy_from_slice(&results),
         Answer::Inject(what) => injection = Some(what),
+    }
+    if matches!(answer, Answer::Set { .. } | Answer::Results(_)) {
+        context.frame.step();
     }
 
     local.host.save();
@@ -283,7 +283,7 @@ fn host_call_of_guest(frame: &mut Frame) -> bool {
     if havmsi_abi::Function::from_id(function).is_none() {
         return false;
     }
-    frame.x[..6].copy_from_slice(&crate::dispatch::host_call(function, &args));
+    frame.x[..7].copy_from_slice(&crate::dispatch::host_call(function, &args));
     true
 }
 
@@ -354,9 +354,9 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         _ => {}
     }
     let (vm, idx) = (current.vm, current.idx);
-    let is_ram = |ipa| vm.lock().is_ram(ipa);
+    let place = |ipa| vm.lock().ram_or_device(ipa);
     let config = current.config;
-    let action = exit::decide(&syndrome, &current.context.frame.x, &config, is_ram);
+    let action = exit::decide(&syndrome, &current.context.frame.x, &config, place);
     let debug_loaded = current.debug_loaded;
     let context = &mut *current.context;
     match action {
@@ -375,14 +375,18 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
             return Some(exit);
         }
         Action::Hypercall => {
-            let [x0, x1, x2, x3, ..] = context.frame.x;
+            let x = exit::shown_registers(ExitClass::Hvc, &context.frame.x);
             havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return None });
-            let reply = hypercall::call(&mut vm.lock(), idx, [x0, x1, x2, x3], vms::random);
-            let Some(answer) = reply else {
-                context.pending = Pending::Hypercall;
-                return Some(exit::hypercall_exit());
-            };
-            context.frame.x[..4].copy_from_slice(&answer);
+            match hypercall::call(host::world(), &mut vm.lock(), idx, x, vms::random) {
+                Ok(results) => context.frame.x[..4].copy_from_slice(&results),
+                Err(pending) => {
+                    // The PC is behind the call: back, until it is answered.
+                    context.frame.elr = context.frame.elr.wrapping_sub(4);
+                    let exit = exit::call(&pending, x[1]);
+                    context.pending = pending;
+                    return Some(exit);
+                }
+            }
         }
         Action::IdRead(access) => exception::id_read(&mut context.frame, access, World::Guest),
         // Tried again, with the vCPU's own registers.

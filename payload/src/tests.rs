@@ -12,6 +12,7 @@ mod launch;
 mod pages;
 mod psci;
 pub(crate) mod registers;
+pub(crate) mod sharing;
 pub(crate) mod smp;
 mod stress;
 mod time;

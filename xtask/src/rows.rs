@@ -119,7 +119,11 @@ pub fn table() -> Vec<Row> {
             &["havmsi-monitor", "havmsi-hal", "havmsi-core", "havmsi-abi"][..],
         ),
         ("style/clippy-payload", TARGETS[0], &["havmsi-payload", "havmsi-bench-guest"]),
-        ("style/clippy-arm64", TARGETS[1], &["havmsi-agent", "havmsi-guest", "havmsi-vmm"]),
+        (
+            "style/clippy-arm64",
+            TARGETS[1],
+            &["havmsi-agent", "havmsi-guest", "havmsi-run", "havmsi-vmm"],
+        ),
     ] {
         let mut words = vec!["clippy", "--release", "--target", target];
         packages.iter().for_each(|p| words.extend(["-p", p]));
@@ -136,7 +140,9 @@ pub fn table() -> Vec<Row> {
     ]);
     add("build/juno".into(), 300, Work::Cargo(juno));
     add("build/leave-out".into(), 300, Work::LeaveOut);
-    for package in ["havmsi-abi", "havmsi-core", "havmsi-operations", "havmsi-proto", "xtask"] {
+    for package in
+        ["havmsi-abi", "havmsi-core", "havmsi-operations", "havmsi-proto", "havmsi-run", "xtask"]
+    {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }
@@ -184,6 +190,7 @@ pub fn table() -> Vec<Row> {
         ("reboot", "havmsi.vcpus=2"),
         ("hotplug", "havmsi.guests=2"),
         ("io", "havmsi.guests=2"),
+        ("devices", "havmsi.guests=2"),
     ] {
         for (gic, cpu) in [(3, a57), (2, n1)] {
             add(

@@ -21,8 +21,8 @@ pub use run_page::{
 
 /// Major version; a host must refuse a monitor with another one.
 pub const VERSION_MAJOR: u32 = 1;
-/// Minor version; grows when calls are added.
-pub const VERSION_MINOR: u32 = 0;
+/// Minor version; grows when calls or exits are added.
+pub const VERSION_MINOR: u32 = 1;
 /// What [`Function::Version`] returns in `x1`.
 pub const VERSION: u64 = ((VERSION_MAJOR as u64) << 16) | VERSION_MINOR as u64;
 
@@ -109,7 +109,7 @@ functions! {
     VmReset = 15,
     /// `vm`: as reset, then everything else; [`Status::Again`] until done.
     VmDestroy = 16,
-    /// `-> VMs, vCPUs, private pages, pool pages, host pages`
+    /// `-> VMs, vCPUs, private pages, pool pages, shared pages, host pages`
     Stats = 17,
 }
 

@@ -94,7 +94,7 @@ pub enum ExitClass {
     SysregRead = 3,
     /// A write of a system register that the host emulates.
     SysregWrite = 4,
-    /// A PSCI call that the host must act on.
+    /// A PSCI call that the host must act on, or MEM_UNSHARE that it must agree to.
     Hvc = 5,
     /// A trapped WFI or WFE.
     Wfx = 6,

@@ -67,6 +67,8 @@ pub enum Violation {
 pub struct Found {
     /// Private memory.
     pub private: u64,
+    /// Memory that the host may use as well.
+    pub shared: u64,
     /// Table memory.
     pub table: u64,
     /// Run pages.
@@ -175,6 +177,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
                     Owner::RunPage(_) => self.records.run += 1,
                     Owner::Table(_) => self.records.table += 1,
                     Owner::Private(_) => self.records.private += 1,
+                    Owner::Shared(_) => self.records.shared += 1,
                 }
                 n += 1;
             }
@@ -221,9 +224,9 @@ impl<'a, H: Hardware> Audit<'a, H> {
         Ok(tables)
     }
 
-    /// The host's map: every page of the host is there, every page of a VM is
-    /// hidden or the zero frame, nothing else is but devices, in pages or blocks
-    /// (I1, I2, I3).
+    /// The host's map: every page of the host is there and every page that a VM
+    /// shares, every other page of a VM is hidden or the zero frame, nothing else is
+    /// but devices, in pages or blocks (I1, I2, I3).
     ///
     /// # Errors
     /// What does not hold.
@@ -250,7 +253,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
                 let first = audit.pages.ram().page_index(pa).ok_or(Violation::HostOwner(ipa))?;
                 for i in 0..index(size / PAGE_SIZE) {
                     let owner = audit.pages.numbered(first + i);
-                    if !matches!(owner, Some(Owner::Host | Owner::RunPage(_))) {
+                    if !matches!(owner, Some(Owner::Host | Owner::RunPage(_) | Owner::Shared(_))) {
                         let at = ipa.0 + i as u64 * PAGE_SIZE;
                         return Err(Violation::HostOwner(Ipa(at)));
                     }
@@ -268,7 +271,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
             }
             Ok(())
         })?;
-        let host = self.host + self.records.run;
+        let host = self.host + self.records.run + self.records.shared;
         let taken = self.records.table + self.records.private;
         if host != shown {
             return Err(Violation::HostMisses(host, shown));
@@ -373,10 +376,11 @@ impl<'a, H: Hardware> Audit<'a, H> {
             if entry != Entry::page(pa, Attributes::Memory) || !vm.is_ram(ipa) {
                 return Err(form);
             }
-            if audit.pages.owner(pa) != Some(Owner::Private(slot)) {
-                return Err(Violation::GuestOwner(slot, ipa));
+            match audit.pages.owner(pa) {
+                Some(Owner::Private(vm)) if vm == slot => audit.found.private += 1,
+                Some(Owner::Shared(vm)) if vm == slot => audit.found.shared += 1,
+                _ => return Err(Violation::GuestOwner(slot, ipa)),
             }
-            audit.found.private += 1;
             audit.take(pa)
         })?;
         self.found.table += tables;
@@ -454,6 +458,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
         let census = Census {
             host: self.host + self.records.run,
             private: self.records.private,
+            shared: self.records.shared,
             table: self.records.table,
         };
         if census == self.pages.census() { Ok(()) } else { Err(Violation::Census(census)) }

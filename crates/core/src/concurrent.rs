@@ -7,6 +7,7 @@ use std::thread;
 
 use havmsi_abi::{Error, PAGE_SIZE};
 
+use crate::addr::Ipa;
 use crate::fake::{FakeMachine, host_page, records, root};
 use crate::guest_map::MapError;
 use crate::launch::{Boot, Config};
@@ -96,7 +97,9 @@ fn races_lose_no_page() {
                     let ipa = RAM + number(2) * 0x20_0000 + number(4) * PAGE_SIZE;
                     let page = host_page(number(WANTED)).0;
                     let vm = &mut vms[which].lock().unwrap();
-                    let result = match number(8) {
+                    let result = match number(12) {
+                        8..10 => vm.share(m, Ipa(ipa)).map_err(Into::into),
+                        10..12 => vm.unshare(m, Ipa(ipa)).map_err(Into::into),
                         0..4 => vm.map_page(m, ipa, page),
                         4..6 => vm.unmap_pages(m, ipa, number(3)).map_err(Into::into),
                         6 => vm.donate_pool(m, page, 1 + number(2)).map_err(Into::into),

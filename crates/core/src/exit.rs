@@ -299,15 +299,15 @@ const OSLSR: u64 = 1 << 3;
 
 /// Decides about a synchronous exit.
 ///
-/// `x` are the guest's general registers, `is_ram` says whether the page at an
-/// IPA is declared RAM.
+/// `x` are the guest's general registers, `place` says whether the page at an IPA is
+/// RAM or a device's, or neither ([`crate::vm::Vm::ram_or_device`]).
 #[must_use]
 #[inline]
 pub fn decide(
     s: &Syndrome,
     x: &[u64; 31],
     config: &Config,
-    is_ram: impl FnOnce(Ipa) -> bool,
+    place: impl FnOnce(Ipa) -> Option<bool>,
 ) -> Action {
     let base = Exit { mode: u64::from(s.privileged), ..Exit::default() };
     match s.ec() {
@@ -318,7 +318,7 @@ pub fn decide(
         }
         ec::HVC64 | ec::SMC64 if s.privileged => Action::Hypercall,
         ec::SYSREG => decide_sysreg(s, x, config, base),
-        ec::DATA_ABORT | ec::INSTRUCTION_ABORT => decide_abort(s, x, config, is_ram, base),
+        ec::DATA_ABORT | ec::INSTRUCTION_ABORT => decide_abort(s, x, config, place, base),
         // A feature that the guest was not offered.
         _ => Action::Inject(Injection::Undefined),
     }
@@ -357,7 +357,7 @@ fn decide_abort(
     s: &Syndrome,
     x: &[u64; 31],
     config: &Config,
-    is_ram: impl FnOnce(Ipa) -> bool,
+    place: impl FnOnce(Ipa) -> Option<bool>,
     base: Exit,
 ) -> Action {
     let fetch = s.ec() == ec::INSTRUCTION_ABORT;
@@ -366,20 +366,15 @@ fn decide_abort(
     if !stage2 || s.ipa.0 >> config.ipa_bits != 0 {
         return abort;
     }
-    if is_ram(s.ipa.page()) && !left_out!(RamFault) {
+    let place = place(s.ipa.page());
+    if place == Some(true) && !left_out!(RamFault) {
         // A walk of stage-1 tables counts as a read: what it would write is
         // the hardware's access flag, which a page mapped RWX permits.
         let write = !fetch && s.esr & WNR != 0 && s.esr & (S1PTW | CM) == 0;
-        let wnr = if write { WNR } else { 0 };
-        let exit = Exit {
-            class: ExitClass::Fault,
-            esr: s.ec() << EC_SHIFT | IL | wnr | FSC_TRANSLATION_L3,
-            ipa: s.ipa.page().0,
-            ..base
-        };
+        let exit = Exit { mode: base.mode, ..fault(s.ec(), write, s.ipa) };
         return Action::Exit { exit, pending: Pending::Nothing, step: false };
     }
-    if fetch || s.esr & S1PTW != 0 {
+    if fetch || s.esr & S1PTW != 0 || place.is_none() {
         return abort;
     }
     if s.esr & CM != 0 {
@@ -403,9 +398,19 @@ fn decide_abort(
     }
 }
 
-/// The exit that hands a PSCI call to the host.
+/// The exit of an access from EL1 to a page of RAM that is not mapped.
+const fn fault(ec: u64, write: bool, ipa: Ipa) -> Exit {
+    let esr = ec << EC_SHIFT | IL | if write { WNR } else { 0 } | FSC_TRANSLATION_L3;
+    Exit { class: ExitClass::Fault, esr, ipa: ipa.page().0, data: 0, mode: 1 }
+}
+
+/// The exit of a call with this `x1`: the host sees it if it may answer. Else it has to
+/// map the page at `x1` first, as if the guest had written there.
 #[inline]
-pub const fn hypercall_exit() -> Exit {
+pub const fn call(pending: &Pending, x1: u64) -> Exit {
+    if matches!(pending, Pending::Nothing) {
+        return fault(ec::DATA_ABORT, true, Ipa(x1));
+    }
     Exit { class: ExitClass::Hvc, esr: ec::HVC64 << EC_SHIFT | IL, ipa: 0, data: 0, mode: 1 }
 }
 
@@ -427,7 +432,7 @@ pub enum Answer {
         /// Its value.
         value: u64,
     },
-    /// Sets `x0` to `x3`; the PC is behind the call already.
+    /// Sets `x0` to `x3` and steps.
     Results([u64; 4]),
     /// An exception.
     Inject(Injection),

@@ -8,7 +8,8 @@
 //! - a valid entry replaces another without break-before-make,
 //! - an entry becomes valid while a stale translation of its addresses is left,
 //! - a page is wiped, hashed or used as a table while anything, stale or not,
-//!   still translates to it (I3, I5, I6).
+//!   still translates to it (I3, I5, I6); what a guest shares (the host got it
+//!   while the guest had it) the host may keep while it is wiped.
 
 use core::hash::{BuildHasherDefault, Hasher};
 use std::boxed::Box;
@@ -46,10 +47,10 @@ pub enum Event {
     InvalidateGuestAll(u64),
     /// Instruction caches forgot everything.
     InvalidateIcache,
+    /// A page was cleaned and invalidated in the data caches.
+    Flush(Pa),
     /// A page was zeroed.
     Zero(Pa),
-    /// A page was copied out.
-    Copy(Pa),
 }
 
 /// A stage-2 that some CPU, or the SMMU, can use.
@@ -117,6 +118,11 @@ struct State {
     /// is needed to see that a page is unused.
     leaves: PageMap<u32>,
     blocks: Vec<(u64, u64)>,
+    /// How many leaves of guests lead to a page.
+    guest_leaves: PageMap<u32>,
+    /// Pages that the host got while a guest had them, and that were not wiped or
+    /// flushed since.
+    shared: PageMap<()>,
     /// Table entries read and written, so that an endless loop ends.
     accesses: u64,
     stale: Vec<Stale>,
@@ -143,6 +149,21 @@ impl Table {
     fn is_pointer(&self, entry: Entry) -> bool {
         self.level < 3 && entry.is_valid() && !entry.is_block()
     }
+}
+
+/// The host and its devices have VMID 0.
+fn is_guest(vttbr: u64) -> bool {
+    vttbr >> 48 != 0
+}
+
+/// One leaf less; whether it was counted.
+fn decrement(leaves: &mut PageMap<u32>, to: u64) -> bool {
+    let Some(count) = leaves.get_mut(&to) else { return false };
+    *count -= 1;
+    if *count == 0 {
+        leaves.remove(&to);
+    }
+    true
 }
 
 fn split(table: Pa, i: usize) -> (u64, usize) {
@@ -185,6 +206,11 @@ impl State {
 
     fn add_leaf(&mut self, table: Table, entry: Entry) {
         let to = entry.address().0;
+        if is_guest(table.vttbr) {
+            *self.guest_leaves.entry(to).or_default() += 1;
+        } else if self.guest_leaves.contains_key(&to) {
+            self.shared.insert(to, ());
+        }
         match entry_size(table.level) {
             PAGE_SIZE => *self.leaves.entry(to).or_default() += 1,
             size => self.blocks.push((to, size)),
@@ -193,12 +219,11 @@ impl State {
 
     fn remove_leaf(&mut self, table: Table, entry: Entry) {
         let to = entry.address().0;
-        if let Some(count) = self.leaves.get_mut(&to).filter(|_| table.level == 3) {
-            *count -= 1;
-            if *count == 0 {
-                self.leaves.remove(&to);
-            }
-        } else if let Some(at) = self.blocks.iter().position(|b| b.0 == to) {
+        if is_guest(table.vttbr) {
+            decrement(&mut self.guest_leaves, to);
+        }
+        let page = table.level == 3 && decrement(&mut self.leaves, to);
+        if !page && let Some(at) = self.blocks.iter().position(|b| b.0 == to) {
             self.blocks.swap_remove(at);
         }
     }
@@ -228,9 +253,14 @@ impl State {
 
     /// Nothing may translate to `page` or walk through it.
     fn check_unused(&self, page: u64, what: &str) {
+        self.check_unused_by(|_| true, page, what);
+    }
+
+    /// Nothing of `worlds` may translate to `page`, and nothing walk through it.
+    fn check_unused_by(&self, worlds: impl Fn(u64) -> bool, page: u64, what: &str) {
         let mut tables = self.tables.iter();
         assert!(!tables.any(|t| t.contains_key(&page)), "{what} {page:#x}: a table in use");
-        let at_page = |s: &&Stale| s.to <= page && page - s.to < s.to_size;
+        let at_page = |s: &&Stale| worlds(s.vttbr) && s.to <= page && page - s.to < s.to_size;
         if let Some(stale) = self.stale.iter().find(at_page) {
             panic!("{what} {page:#x}: a TLB still knows it: {stale:x?}");
         }
@@ -238,7 +268,7 @@ impl State {
         if !block && !self.leaves.contains_key(&page) {
             return;
         }
-        for (at, table) in self.tables.iter().flatten() {
+        for (at, table) in self.tables.iter().flatten().filter(|(_, t)| worlds(t.vttbr)) {
             for (i, entry) in self.entries(*at) {
                 let (ipa, size) = table.entry(i);
                 let to = entry.address().0;
@@ -398,18 +428,18 @@ impl Hardware for FakeHardware {
 
     fn zero_page(&self, page: Pa) {
         let mut state = self.state();
-        state.check_unused(page.0, "wipe of");
+        let shared = state.shared.remove(&page.0).is_some();
+        state.check_unused_by(|world| is_guest(world) || !shared, page.0, "wipe of");
         state.memory.remove(&page.0);
         state.events.push(Event::Zero(page));
     }
 
-    fn copy_page(&self, page: Pa, to: &mut [u8; 4096]) {
+    /// What a guest shared it goes on using.
+    fn flush_page(&self, page: Pa) {
         let mut state = self.state();
-        state.check_unused(page.0, "copy of");
-        for (i, chunk) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *chunk = state.get(page.0, i).to_le_bytes();
-        }
-        state.events.push(Event::Copy(page));
+        let shared = state.shared.remove(&page.0).is_some();
+        state.check_unused_by(|world| !is_guest(world) || !shared, page.0, "flush of");
+        state.events.push(Event::Flush(page));
     }
 
     fn invalidate_icache(&self) {
@@ -418,7 +448,7 @@ impl Hardware for FakeHardware {
 
     fn invalidate_host(&self, ipa: Ipa) {
         let mut state = self.state();
-        state.invalidate(ipa, |state, world| world >> 48 == 0 && state.devices != Some(world));
+        state.invalidate(ipa, |state, world| !is_guest(world) && state.devices != Some(world));
         state.events.push(Event::InvalidateHost(ipa));
     }
 
@@ -631,7 +661,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "mapped in")]
     fn a_page_hashed_while_mapped_is_seen() {
-        guest().copy_page(PAGE, &mut [0; 4096]);
+        guest().flush_page(PAGE);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use havmsi_abi::{Error, PAGE_SIZE};
 
 use crate::addr::{Ipa, Pa};
 use crate::hw::Hardware;
-use crate::page::{Clean, Isolated, Owner, Page, VmSlot};
+use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::stage2::{
     self, Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, ROOT_ENTRIES, level1_index,
     level2_index, level3_index,
@@ -48,15 +48,6 @@ pub struct GuestMap {
     cursor: u64,
 }
 
-/// What one step of a teardown did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// There is more to do.
-    More,
-    /// Nothing is left.
-    Done,
-}
-
 impl GuestMap {
     /// The map of the VM in `slot`, empty. `root` is two zeroed pages at an
     /// 8 KiB boundary in the carve-out.
@@ -94,6 +85,11 @@ impl GuestMap {
         Ok(table)
     }
 
+    /// The entry for `ipa`, if there is a table.
+    pub(crate) fn entry(&self, hw: &impl Hardware, ipa: Ipa) -> Option<Entry> {
+        Some(Entry(hw.read_entry(self.find(hw, ipa).ok()?, level3_index(ipa))))
+    }
+
     /// Whether a page can be mapped at `ipa` now. Checked before the page is
     /// touched, so that a refused call has changed nothing.
     ///
@@ -113,9 +109,15 @@ impl GuestMap {
         }
     }
 
-    /// Writes a leaf for an `ipa` that [`Self::check`] found free. From invalid
-    /// to valid, so no TLB holds anything for it.
-    fn insert(&mut self, hw: &impl Hardware, ipa: Ipa, leaf: Entry) -> Result<(), MapError> {
+    /// Writes a leaf for an `ipa` that [`Self::check`] finds free. From invalid
+    /// to valid, so no TLB holds anything for it. A device's page is the caller's
+    /// to check.
+    pub(crate) fn insert(
+        &mut self,
+        hw: &impl Hardware,
+        ipa: Ipa,
+        leaf: Entry,
+    ) -> Result<(), MapError> {
         self.check(hw, ipa)?;
         let mut table = self.root;
         for slot in [level1_index(ipa), level2_index(ipa)] {
@@ -147,14 +149,6 @@ impl GuestMap {
         result
     }
 
-    /// Maps a device page; the caller has checked that the VM may have it.
-    ///
-    /// # Errors
-    /// As [`Self::check`].
-    pub fn map_device(&mut self, hw: &impl Hardware, ipa: Ipa, pa: Pa) -> Result<(), MapError> {
-        self.insert(hw, ipa, Entry::page(pa, Attributes::Device))
-    }
-
     /// Takes the page at `ipa` out of the map and of all TLBs; `None` if there
     /// is none. Its place stays empty until a teardown ([`Entry::LOST`]). A
     /// device page is only unmapped.
@@ -168,11 +162,18 @@ impl GuestMap {
         }
         hw.write_entry(table, slot, Entry::LOST.0);
         left_out!(Lost => hw.write_entry(table, slot, Entry::INVALID.0));
-        left_out!(GuestTlb => return Some(pages.claim(entry.address(), Owner::Private(self.slot)).ok()?.isolated()));
+        left_out!(GuestTlb => return self.release(pages, entry));
         hw.invalidate_guest(self.vttbr(), ipa);
-        // What a leaf of this map names is this VM's, or a device page.
-        let page = pages.claim(entry.address(), Owner::Private(self.slot)).ok()?;
-        Some(page.isolated())
+        self.release(pages, entry)
+    }
+
+    /// The page of a leaf that is gone: this VM's, or none if it was a device's. Of
+    /// what was shared the host goes on seeing all that is done to it, so that no
+    /// transfer of its devices aborts.
+    fn release(&self, pages: &Pages<'_>, leaf: Entry) -> Option<Page<Isolated>> {
+        let claim = |owner| pages.claim(leaf.address(), owner);
+        let page = claim(Owner::Private(self.slot)).or_else(|_| claim(Owner::Shared(self.slot)));
+        Some(page.ok()?.isolated())
     }
 
     /// Starts a teardown: no vCPU of the VM runs, and none will until it is
@@ -185,14 +186,17 @@ impl GuestMap {
 
     /// One step of a teardown: hands at most `budget` pages to `give_back`,
     /// wiped there; looks at no more than one table of each level.
+    ///
+    /// # Errors
+    /// [`Error::Again`] while there is more.
     pub fn teardown(
         &mut self,
         m: &impl Machine,
         budget: u64,
         mut give_back: impl FnMut(Page<Isolated>),
-    ) -> Step {
+    ) -> Result<(), Error> {
         let (hw, pages) = (m.hw(), m.pages());
-        let Some((level1, level2)) = self.next_table(hw) else { return Step::Done };
+        let Some((level1, level2)) = self.next_table(hw) else { return Ok(()) };
         let ipa = Ipa(self.cursor);
         let parent = Entry(hw.read_entry(level2, level2_index(ipa))).address();
         let mut left = budget;
@@ -207,12 +211,12 @@ impl GuestMap {
             }
             if left == 0 {
                 self.cursor = ipa.0 + (slot - start) as u64 * PAGE_SIZE;
-                return Step::More;
+                return Err(Error::Again);
             }
             left -= 1;
             hw.write_entry(parent, slot, Entry::INVALID.0);
-            if let Ok(page) = pages.claim(entry.address(), Owner::Private(self.slot)) {
-                give_back(page.isolated());
+            if let Some(page) = self.release(pages, entry) {
+                give_back(page);
             }
         }
         // The level 3 table is empty.
@@ -222,7 +226,7 @@ impl GuestMap {
         if self.cursor.is_multiple_of(LEVEL1_SIZE) {
             self.free_level2(hw, level1);
         }
-        Step::More
+        Err(Error::Again)
     }
 
     /// Moves the cursor to the next level 3 table; frees the empty level 2

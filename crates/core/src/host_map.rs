@@ -256,20 +256,23 @@ impl HostMap {
         }
     }
 
-    /// Gives a page to the host: maps it, for devices as well, and settles it.
-    pub fn show(&mut self, hw: &impl Hardware, pages: &Pages<'_>, page: Page<Clean>) {
+    /// Shows a page to the host, devices included, and settles it: the host's, or
+    /// of a VM that shares it.
+    pub fn show(&mut self, hw: &impl Hardware, pages: &Pages<'_>, page: Page<Clean>, owner: Owner) {
         let ipa = Ipa(page.pa().0);
         // Every page that was hidden has its tables.
         let Ok(table) = self.split_to_page(hw, page.pa()) else { return };
         let slot = level3_index(ipa);
-        // From invalid to valid no TLB needs to forget anything; the zero
-        // frame, if the host looked there, must go first.
-        if Entry(hw.read_entry(table, slot)).is_valid() {
+        let (old, new) =
+            (Entry(hw.read_entry(table, slot)), Entry::page(page.pa(), Attributes::Memory));
+        // From invalid to valid no TLB needs to forget anything; the zero frame, if
+        // the host looked there, must go first. What was shared is there.
+        if old.is_valid() && old != new {
             hw.write_entry(table, slot, Entry::INVALID.0);
             Self::invalidate(hw, ipa);
         }
-        hw.write_entry(table, slot, Entry::page(page.pa(), Attributes::Memory).0);
-        pages.settle(page, Owner::Host);
+        hw.write_entry(table, slot, new.0);
+        pages.settle(page, owner);
     }
 
     /// What became of an access of the host that faulted at `ipa`. Where a page

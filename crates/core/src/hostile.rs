@@ -88,6 +88,8 @@ enum Op {
     HostWrite(u64, usize, u64),
     GuestWrite(u64, usize, u64),
     GuestCall(u64, [u64; 4]),
+    Share(u64),
+    Unshare(u64),
     Answer(u64, u64),
 }
 
@@ -97,6 +99,7 @@ type Step = (usize, Option<u64>, Op);
 fn step() -> impl Strategy<Value = Step> {
     let any_page = || prop_oneof![9 => 0..POOL, 1 => POOL..POOL + 12];
     let ipa = || prop_oneof![9 => 0..8_usize, 1 => 8..12_usize].prop_map(|i| IPAS[i]);
+    let few = || prop_oneof![9 => 0..3_usize, 1 => 3..12_usize].prop_map(|i| IPAS[i]);
     let vcpu = || 0..4_u64;
     let config = (0..3_u64, 31..35_u64, 0..4_u64).prop_map(|(max_vcpus, ipa_bits, gic)| Config {
         max_vcpus,
@@ -138,6 +141,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (ipa(), 0..WORDS, any::<u64>()).prop_map(|(i, w, v)| Op::GuestWrite(i, w, v)),
         1 => (vcpu(), functions, 0..4_u64)
             .prop_map(|(idx, f, target)| Op::GuestCall(idx, [f, target, 0, 0])),
+        9 => few().prop_map(Op::Share),
+        9 => few().prop_map(Op::Unshare),
         1 => (vcpu(), 0..2_u64).prop_map(|(idx, result)| Op::Answer(idx, result)),
     ];
     (0..2_usize, prop::option::weighted(0.1, 0..POOL), op)
@@ -242,7 +247,16 @@ impl<'a> World<'a> {
             Op::HostWrite(at, word, value) => {
                 let pa = page(at);
                 if m.host_leaf(pa).is_some_and(Entry::is_writable) && pa.0 != UART {
-                    m.hw.poke(Pa(pa.0 & !0xfff), word, value & !SECRET);
+                    let pa = Pa(pa.0 & !0xfff);
+                    m.hw.poke(pa, word, value & !SECRET);
+                    // What a guest shares with the host both write.
+                    let shared = matches!(m.pages.owner(pa), Some(Owner::Shared(_)));
+                    let keys: Vec<_> = self.memory.keys().copied().filter(|_| shared).collect();
+                    for (vm, ipa) in keys {
+                        if self.guest_page(vm, ipa) == Some(pa) {
+                            self.memory.get_mut(&(vm, ipa)).expect("known")[word] = value & !SECRET;
+                        }
+                    }
                 }
                 Ok(())
             }
@@ -257,10 +271,12 @@ impl<'a> World<'a> {
             }
             Op::GuestCall(idx, x) => {
                 if self.running.contains(&(n, idx)) {
-                    hypercall::call(vm, idx, x, || None);
+                    let _ = hypercall::call(m, vm, idx, x, || None);
                 }
                 Ok(())
             }
+            Op::Share(ipa) => vm.share(m, Ipa(ipa)).map_err(plain),
+            Op::Unshare(ipa) => vm.unshare(m, Ipa(ipa)).map_err(plain),
             Op::Answer(idx, result) => {
                 vm.cpu_on_answered(idx, result);
                 Ok(())
@@ -312,7 +328,8 @@ impl<'a> World<'a> {
         }
         for (at, (old, new)) in owners_before.iter().zip(owners(m)).enumerate() {
             let pa = page(at as u64);
-            let was_vms = matches!(old, Some(Owner::Private(_) | Owner::Table(_)));
+            let was_vms =
+                matches!(old, Some(Owner::Private(_) | Owner::Shared(_) | Owner::Table(_)));
             if was_vms && new == Some(Owner::Host) {
                 prop_assert!(m.hw.is_zero(pa), "{pa:x?} left its VM with content (I5)");
             }
@@ -320,8 +337,10 @@ impl<'a> World<'a> {
                 prop_assert!(self.content(pa).iter().all(|w| w & SECRET == 0), "{pa:x?} leaks");
             }
         }
-        // Nobody but the guest changed its memory, or where it lies.
-        prop_assert_eq!(self.memory.len() as u64, m.pages.census().private);
+        // Nobody but the guest changed its memory, or where it lies; but the host what
+        // was shared with it.
+        let census = m.pages.census();
+        prop_assert_eq!(self.memory.len() as u64, census.private + census.shared);
         for ((vm, ipa), expected) in &self.memory {
             let pa = self.guest_page(*vm, *ipa);
             prop_assert!(pa.is_some(), "{ipa:#x} was lost");
@@ -394,7 +413,7 @@ fn hostile_steps_get_somewhere() {
     use proptest::strategy::ValueTree as _;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let mut done = BTreeMap::new();
-    for _ in 0..if cfg!(miri) { 1 } else { 12 } {
+    for _ in 0..if cfg!(miri) { 1 } else { 40 } {
         let records = records();
         let m = FakeMachine::new(&records);
         let mut vms = [Vm::FREE, Vm::FREE];
@@ -403,15 +422,16 @@ fn hostile_steps_get_somewhere() {
         let mut world = World::new(&m, vms);
         for _ in 0..60 {
             let (n, _, op) = step().new_tree(&mut runner).unwrap().current();
-            let before = world.memory.len();
+            let state = |world: &World<'_>| (world.memory.len(), m.pages.census().shared);
+            let before = state(&world);
             world.step(&(n, None, op.clone())).unwrap();
             let name = format!("{op:?}").split('(').next().map(std::string::String::from);
-            if world.memory.len() != before {
+            if state(&world) != before {
                 *done.entry(name).or_insert(0) += 1;
             }
         }
     }
-    for name in ["Map", "Populate", "Unmap"] {
+    for name in ["Map", "Populate", "Unmap", "Share", "Unshare"] {
         let n = done.get(&Some(name.into())).copied().unwrap_or(0);
         assert!(cfg!(miri) || n >= 5, "{name} changed a map {n} times");
     }

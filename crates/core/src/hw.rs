@@ -8,7 +8,7 @@ use crate::addr::{Ipa, Pa};
 /// The addresses handed in are pages that the ownership table gave to the
 /// monitor, or that are in motion (claimed) while the call lasts.
 pub trait Hardware {
-    /// Reads a translation table entry.
+    /// Reads a translation table entry, or any word of a page.
     fn read_entry(&self, table: Pa, index: usize) -> u64;
 
     /// Writes a translation table entry with 64-bit single-copy atomicity and
@@ -20,9 +20,9 @@ pub trait Hardware {
     /// coherency, for readers whose MMU or caches are off.
     fn zero_page(&self, page: Pa);
 
-    /// Copies a page out after cleaning and invalidating it to the point of
-    /// coherency: the copy is what a reader with caches off sees as well.
-    fn copy_page(&self, page: Pa, to: &mut [u8; 4096]);
+    /// Cleans and invalidates a page to the point of coherency: readers with caches
+    /// on and off see the same from now on.
+    fn flush_page(&self, page: Pa);
 
     /// Makes instruction fetches of all CPUs see what memory holds.
     fn invalidate_icache(&self);

@@ -94,6 +94,12 @@ checks! {
     StoreWidth,
     /// an access to RAM that is not mapped goes to the host
     RamFault,
+    /// an access where the guest has no device goes to the host
+    Guard,
+    /// what a guest shares is taken for a physical address
+    ShareAddress,
+    /// a page is unshared without asking the host
+    UnshareAsked,
     /// the host completes what it was not asked for
     Answer,
     /// an answer can be given again

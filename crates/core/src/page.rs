@@ -11,6 +11,9 @@
 //! Pages::settle ◄──────────────────────────────────────────────────  Page<Clean>
 //! ```
 //!
+//! What a VM shares it says itself: `Page<Claimed>` ─ share ─► `Page<Clean>`, and back
+//! ─ hide ─► `Page<Isolated>` ─ keep ─► `Page<Clean>`, while it stays in the VM's map.
+//!
 //! The record is the page's lock: whoever turned it into `Moving` is alone.
 
 use core::marker::PhantomData;
@@ -54,6 +57,8 @@ pub enum Owner {
     Table(VmSlot),
     /// Private memory of this VM.
     Private(VmSlot),
+    /// Memory of this VM that the host may use as well: the named borrower of I1.
+    Shared(VmSlot),
 }
 
 const MOVING: u16 = 0xffff;
@@ -66,6 +71,7 @@ impl Owner {
             Self::RunPage(vm) => 2 << 8 | vm.0 as u16,
             Self::Table(vm) => 3 << 8 | vm.0 as u16,
             Self::Private(vm) => 4 << 8 | vm.0 as u16,
+            Self::Shared(vm) => 5 << 8 | vm.0 as u16,
         }
     }
 
@@ -78,6 +84,7 @@ impl Owner {
             2 => Some(Self::RunPage(VmSlot(vm))),
             3 => Some(Self::Table(VmSlot(vm))),
             4 => Some(Self::Private(VmSlot(vm))),
+            5 => Some(Self::Shared(VmSlot(vm))),
             _ => None,
         }
     }
@@ -86,10 +93,12 @@ impl Owner {
 /// Token state: the record says `Moving`, maps may still show the page.
 #[derive(Debug)]
 pub struct Claimed;
-/// Token state: no stage-2 and no TLB shows the page.
+/// Token state: no stage-2 and no TLB shows the page; one that its VM shared is out
+/// of one of the two maps that showed it.
 #[derive(Debug)]
 pub struct Isolated;
-/// Token state: isolated, and its content is zero or measured.
+/// Token state: isolated, and its content is zero or measured; or its VM shares it,
+/// or did.
 #[derive(Debug)]
 pub struct Clean;
 
@@ -118,6 +127,11 @@ impl Page<Claimed> {
     pub(crate) fn isolated(self) -> Page<Isolated> {
         self.into_state()
     }
+
+    /// Its VM wants the host to see it.
+    pub(crate) fn share(self) -> Page<Clean> {
+        self.into_state()
+    }
 }
 
 impl Page<Isolated> {
@@ -130,9 +144,19 @@ impl Page<Isolated> {
         self.into_state()
     }
 
+    /// Keeps what is in a page that its VM shared. What the host has written with
+    /// other attributes than the VM's comes to light now, not later.
+    pub(crate) fn keep(self, hw: &impl Hardware) -> Page<Clean> {
+        hw.flush_page(self.pa);
+        self.into_state()
+    }
+
     /// Takes the page's content out to be hashed. Nobody can change it any more.
     pub fn measure(self, hw: &impl Hardware, content: &mut [u8; 4096]) -> Page<Clean> {
-        hw.copy_page(self.pa, content);
+        hw.flush_page(self.pa);
+        for (i, word) in content.as_chunks_mut().0.iter_mut().enumerate() {
+            *word = hw.read_entry(self.pa, i).to_le_bytes();
+        }
         self.into_state()
     }
 }
@@ -142,7 +166,7 @@ pub struct Pages<'a> {
     ram: Ram,
     records: &'a [AtomicU16],
     /// Pages of each kind, by its number in a record.
-    counters: [AtomicU64; 5],
+    counters: [AtomicU64; 6],
 }
 
 impl<'a> Pages<'a> {
@@ -259,6 +283,7 @@ impl<'a> Pages<'a> {
             host: count(Owner::Host),
             table: count(Owner::Table(VmSlot(0))),
             private: count(Owner::Private(VmSlot(0))),
+            shared: count(Owner::Shared(VmSlot(0))),
         }
     }
 
@@ -276,6 +301,8 @@ pub struct Census {
     pub table: u64,
     /// Private memory of VMs.
     pub private: u64,
+    /// What VMs share with the host.
+    pub shared: u64,
 }
 
 #[cfg(test)]
@@ -299,6 +326,7 @@ mod tests {
             Owner::RunPage(VmSlot(127)),
             Owner::Table(VmSlot(1)),
             Owner::Private(VmSlot(0)),
+            Owner::Shared(VmSlot(127)),
         ] {
             assert_eq!(Owner::decode(owner.encode()), Some(owner));
         }
@@ -335,7 +363,7 @@ mod tests {
         for n in 0..4 {
             pages.give_to_host(Pa(0x4000_0000 + n * 0x1000));
         }
-        assert_eq!(pages.census(), Census { host: 4, table: 0, private: 0 });
+        assert_eq!(pages.census(), Census { host: 4, ..Census::default() });
         let mut was = Owner::Host;
         for (owner, table, private) in [
             (Owner::Table(VmSlot(0)), 1, 0),
@@ -348,9 +376,35 @@ mod tests {
             assert_eq!((page.pa(), pages.owner(pa)), (pa, None));
             pages.settle(page, owner);
             assert_eq!(pages.owner(pa), Some(owner));
-            assert_eq!(pages.census(), Census { host: 4 - table - private, table, private });
+            let host = 4 - table - private;
+            assert_eq!(pages.census(), Census { host, table, private, shared: 0 });
             was = owner;
         }
+    }
+
+    #[test]
+    fn what_a_vm_shares_it_keeps() {
+        let r = records();
+        let pages = Pages::new(ram(), &r).unwrap();
+        let hw = crate::fake::FakeHardware::default();
+        let (pa, vm) = (Pa(0x4000_2000), VmSlot(1));
+        pages.give_to_host(pa);
+        let page = pages.claim(pa, Owner::Host).unwrap().isolated().scrub(&hw);
+        pages.settle(page, Owner::Private(vm));
+        hw.poke(pa, 3, 42);
+        let page = pages.claim(pa, Owner::Private(vm)).unwrap().share();
+        pages.settle(page, Owner::Shared(vm));
+        assert_eq!(pages.census(), Census { shared: 1, ..Census::default() });
+        // The VM's, and nobody else's: not the host's to give.
+        for other in [Owner::Host, Owner::Private(vm), Owner::Shared(VmSlot(2))] {
+            assert_eq!(pages.claim(pa, other).unwrap_err(), Error::Denied);
+        }
+        hw.take_events();
+        let page = pages.claim(pa, Owner::Shared(vm)).unwrap().isolated().keep(&hw);
+        assert_eq!(hw.take_events(), [crate::fake::Event::Flush(pa)]);
+        pages.settle(page, Owner::Private(vm));
+        assert_eq!(pages.census(), Census { private: 1, ..Census::default() });
+        assert_eq!(hw.peek(pa, 3), 42);
     }
 
     #[test]

@@ -13,13 +13,14 @@
 use havmsi_abi::{Error, MAX_PAGES_PER_CALL, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, PAGE_SIZE};
 
 use crate::addr::{Ipa, Pa, index};
-use crate::guest_map::{GuestMap, MapError, Step};
+use crate::guest_map::{GuestMap, MapError};
 use crate::host_map::HostMap;
 use crate::hw::Hardware;
 use crate::launch::{Boot, Config, Digest, Launch};
-use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
+use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::psci::{self, Power};
 use crate::ram::Range;
+use crate::stage2::{Attributes, Entry};
 use crate::vgic::{SentSgis, Sgi, bits};
 
 /// What a VM's transitions work on.
@@ -40,8 +41,12 @@ fn wipe_to_host(m: &impl Machine, page: Page<Isolated>) {
 }
 
 pub(crate) fn give_to_host(m: &impl Machine, page: Page<Clean>) {
-    m.with_host_map(|map| map.show(m.hw(), m.pages(), page));
+    m.with_host_map(|map| map.show(m.hw(), m.pages(), page, Owner::Host));
 }
+
+/// Runs of pages that a VM can guard: what Linux maps of a board with some
+/// twenty devices.
+const MAX_GUARDS: usize = 64;
 
 /// What a VM can do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,6 +112,8 @@ pub struct Vm {
     pub(crate) ram: [Range; MAX_RAM_RANGES],
     /// Around all device pages: no RAM can be declared there any more.
     devices: Range,
+    /// Where the guest wants the host to emulate devices; anywhere, if nowhere.
+    guards: [Range; MAX_GUARDS],
     pub(crate) map: GuestMap,
     launch: Launch,
     pub(crate) vcpus: [Vcpu; MAX_VCPUS_PER_VM],
@@ -138,6 +145,7 @@ impl Vm {
         config: Config { ipa_bits: 0, gic: 0, max_vcpus: 0 },
         ram: [Range { base: 0, size: 0 }; MAX_RAM_RANGES],
         devices: Range { base: 0, size: 0 },
+        guards: [Range { base: 0, size: 0 }; MAX_GUARDS],
         map: GuestMap::new(VmSlot(0), Pa(0)),
         launch: Launch::NEW,
         vcpus: [Vcpu::NONE; MAX_VCPUS_PER_VM],
@@ -236,6 +244,34 @@ impl Vm {
     /// Whether the page at `ipa` is declared RAM.
     pub fn is_ram(&self, ipa: Ipa) -> bool {
         self.ram.iter().take_while(|r| r.size != 0).any(|r| r.contains(ipa.0, PAGE_SIZE))
+    }
+
+    /// Whether the page at `ipa` is RAM, or a device's that the host may emulate; `None`
+    /// if the guest has said where its devices are, and not there.
+    pub fn ram_or_device(&self, ipa: Ipa) -> Option<bool> {
+        let (ram, any) = (self.is_ram(ipa), self.guards[0].size == 0 || left_out!(Guard));
+        let guarded = || self.guards.iter().any(|r| r.contains(ipa.0, PAGE_SIZE));
+        (ram || any || guarded()).then_some(ram)
+    }
+
+    /// The guest says that the host may emulate what is at the page `ipa`; from the
+    /// first time on, nothing elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if that is no page outside RAM, [`Error::NoMemory`] if there
+    /// are too many places.
+    pub fn guard(&mut self, ipa: Ipa) -> Result<(), Error> {
+        if !ipa.is_page() || ipa.0 >> self.config.ipa_bits != 0 || self.is_ram(ipa) {
+            return Err(Error::Invalid);
+        }
+        // One that it lies in or follows, or a free one: those come last.
+        let near = |r: &&mut Range| r.size == 0 || r.base <= ipa.0 && ipa.0 - r.base <= r.size;
+        let range = self.guards.iter_mut().find(near).ok_or(Error::NoMemory)?;
+        if range.size == 0 {
+            range.base = ipa.0;
+        }
+        range.size = range.size.max(ipa.0 - range.base + PAGE_SIZE);
+        Ok(())
     }
 
     /// `CNTVOFF_EL2` of all its vCPUs.
@@ -366,6 +402,38 @@ impl Vm {
         self.map.map(m, ipa, page)
     }
 
+    /// The page at `ipa`, if the record says `owner`.
+    fn claim_at(&self, m: &impl Machine, ipa: Ipa, owner: Owner) -> Result<Page<Claimed>, Error> {
+        left_out!(ShareAddress => return m.pages().claim_from_anyone(Pa(ipa.0), owner).ok_or(Error::Denied));
+        if !ipa.is_page() || !self.is_ram(ipa) {
+            return Err(Error::Invalid);
+        }
+        let leaf = self.map.entry(m.hw(), ipa).filter(|leaf| leaf.is_valid());
+        m.pages().claim(leaf.ok_or(Error::Again)?.address(), owner)
+    }
+
+    /// The guest shares its page at `ipa` with the host, content and all.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if that is no page of RAM, [`Error::Again`] if the host has
+    /// to map one first, [`Error::Denied`] if it is shared.
+    pub fn share(&self, m: &impl Machine, ipa: Ipa) -> Result<(), Error> {
+        let page = self.claim_at(m, ipa, Owner::Private(self.slot))?.share();
+        m.with_host_map(|map| map.show(m.hw(), m.pages(), page, Owner::Shared(self.slot)));
+        Ok(())
+    }
+
+    /// The guest has back for itself what it shared; its content stays.
+    ///
+    /// # Errors
+    /// As [`Self::share`]; [`Error::Denied`] if it is not shared.
+    pub fn unshare(&self, m: &impl Machine, ipa: Ipa) -> Result<(), Error> {
+        let page = self.claim_at(m, ipa, Owner::Shared(self.slot))?;
+        let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
+        m.pages().settle(page.keep(m.hw()), Owner::Private(self.slot));
+        Ok(())
+    }
+
     /// Maps a page of the GICv2 virtual CPU interface; `pa` is checked by the caller.
     ///
     /// # Errors
@@ -379,7 +447,7 @@ impl Vm {
         if self.is_ram(ipa) && !left_out!(DeviceInRam) || self.config.gic != 2 {
             return Err(Error::Denied.into());
         }
-        self.map.map_device(m.hw(), ipa, pa)?;
+        self.map.insert(m.hw(), ipa, Entry::page(pa, Attributes::Device))?;
         let Range { base, size } = self.devices;
         let (first, end) = if size == 0 { (ipa.0, ipa.0) } else { (base, base + size) };
         let first = first.min(ipa.0);
@@ -602,14 +670,11 @@ impl Vm {
         if self.phase != phase {
             self.phase = phase;
             self.devices = Range::default();
+            self.guards = [Range::default(); MAX_GUARDS];
             self.launch = Launch::NEW;
             self.map.begin_teardown(m.hw());
         }
-        let give_back = |page| wipe_to_host(m, page);
-        match self.map.teardown(m, MAX_PAGES_PER_CALL, give_back) {
-            Step::More => Err(Error::Again),
-            Step::Done => Ok(()),
-        }
+        self.map.teardown(m, MAX_PAGES_PER_CALL, |page| wipe_to_host(m, page))
     }
 
     /// One step of a destruction. `free_context` gets the contexts of the vCPUs.

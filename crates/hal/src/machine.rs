@@ -30,8 +30,8 @@ impl Hardware for Machine {
         phys::zero_page(page);
     }
 
-    fn copy_page(&self, page: Pa, to: &mut [u8; 4096]) {
-        phys::copy_page(page, to);
+    fn flush_page(&self, page: Pa) {
+        phys::flush_page(page);
     }
 
     fn invalidate_icache(&self) {

@@ -76,11 +76,3 @@ pub fn zero_page(pa: Pa) {
     unsafe { cache::zero_page(address(pa, PAGE as u64)) };
     flush_page(pa);
 }
-
-/// Copies the page at `pa`, as memory holds it.
-pub fn copy_page(pa: Pa, to: &mut [u8; PAGE]) {
-    flush_page(pa);
-    for (word, bytes) in page(pa).iter().zip(to.as_chunks_mut().0) {
-        *bytes = word.load(Ordering::Relaxed).to_le_bytes();
-    }
-}

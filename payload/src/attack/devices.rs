@@ -8,6 +8,7 @@ use crate::guest::{FREE, Vm};
 use crate::harness::Failure;
 use crate::memory::{poke, poke32, read, take, write, write8};
 use crate::pci::Edu;
+use crate::tests::sharing::{Guest, SHARE};
 use crate::{attack, gic, mrs, msr};
 
 /// fw_cfg's DMA register (QEMU docs/specs/fw_cfg.rst): it writes its signature
@@ -22,7 +23,7 @@ fn fw_cfg(victim: &mut Victim) -> Outcome {
 }
 attack!(fw_cfg, "t14::fw_cfg");
 
-fn edu() -> Result<Edu, Failure> {
+pub(super) fn edu() -> Result<Edu, Failure> {
     Edu::near().ok_or(Failure::new(format_args!("no edu device")))
 }
 
@@ -56,6 +57,23 @@ fn stale_dma(_: &mut Victim) -> Outcome {
     verdict(before != after, format_args!("the guest finds {before:#x}, after the DMA {after:#x}"))
 }
 attack!(stale_dma, "t14::stale_dma");
+
+/// A PCI device goes on writing to a page that it knew while it was shared.
+fn unshared(_: &mut Victim) -> Outcome {
+    let edu = edu()?;
+    edu.load()?;
+    let mut guest = Guest::new()?;
+    let page = guest.vm.map(FREE)?;
+    guest.call(SHARE, FREE)?;
+    edu.write(page)?;
+    guest.ask(FREE)?;
+    guest.agree()?;
+    guest.store(FREE + 8, 0x5ec2)?;
+    edu.write(page)?;
+    let seen = guest.load(FREE + 8)?;
+    verdict(seen != 0x5ec2, format_args!("the guest wrote 0x5ec2 and finds {seen:#x}"))
+}
+attack!(unshared, "t14::unshared");
 
 /// GICR_CTLR.EnableLPIs, PROPBASER and PENDBASER (IHI 0069H 12.11).
 const CTLR: u64 = 0;

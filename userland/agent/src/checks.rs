@@ -83,8 +83,8 @@ const CHECKS: [(&str, Check); 16] = [
     ("vmm-read", |f| f.vmm_read()),
     ("kcore-read", |f| f.kcore_read()),
     ("devmem-read", |f| f.devmem_read()),
-    ("regs-read", |f| f.own_vmm("regs-read")),
-    ("regs-write", |f| f.own_vmm("regs-write")),
+    ("regs-read", |_| own_vmm("regs-read")),
+    ("regs-write", |_| own_vmm("regs-write")),
     ("regs-read-qemu", |f| f.regs_read_qemu()),
     ("linear-map-write", |f| f.physical_write(target::LINEAR_WRITE, Via::Linear)),
     ("fresh-map-write", |f| f.physical_write(target::FRESH_WRITE, Via::Fresh)),
@@ -176,7 +176,7 @@ pub fn run(params: &Params, attacker: &Attacker, guests: &[Guest]) -> Result<Vec
         let changes = field.all_changes();
         let outcome = match own().find(|c| c.0 == *id) {
             Some((_, check)) => check(&mut field),
-            None => field.own_vmm(id),
+            None => own_vmm(id),
         };
         let after = all.then(|| After {
             victim: field.all_changes() == changes && guests.iter().all(|g| !g.with(|s| s.ended)),
@@ -1015,44 +1015,44 @@ impl<'a> Field<'a> {
         let leak = changed || read != "zeros";
         Ok(if leak { Exposed(text) } else { Protected(text) })
     }
+}
 
-    /// Lets `havmsi-vmm` do a check, and takes its word.
-    fn own_vmm(&self, id: &str) -> Outcome {
-        let mut child = Command::new("/havmsi/vmm")
-            .arg(id)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|e| format!("/havmsi/vmm: {e}"))?;
-        let pid = i32::try_from(child.id()).unwrap_or(0);
-        let (alive, ended) = std::sync::mpsc::channel::<()>();
-        let guard = std::thread::spawn(move || {
-            if ended.recv_timeout(Duration::from_secs(60))
-                == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
-            {
-                // It hangs; its end closes the pipe that is read below.
-                let _ = sys::kill(pid, libc::SIGKILL);
-            }
-        });
-        let mut outcome = Err("havmsi-vmm ended without a result".to_owned());
-        let lines = child.stdout.take().map(|s| BufReader::new(s).lines());
-        for line in lines.into_iter().flatten().map_while(Result::ok) {
-            out::line(&line);
-            let Some(object) = line.strip_prefix(VMM_PREFIX) else { continue };
-            let text = field(object, "evidence").unwrap_or_default().to_owned();
-            match field(object, "result") {
-                Some("exposed") => outcome = Ok(Exposed(text)),
-                Some("protected") => outcome = Ok(Protected(text)),
-                Some(_) => outcome = Err(text),
-                None => {}
-            }
+/// Lets `havmsi-vmm` do a check, and takes its word.
+pub fn own_vmm(id: &str) -> Outcome {
+    let mut child = Command::new("/havmsi/vmm")
+        .arg(id)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|e| format!("/havmsi/vmm: {e}"))?;
+    let pid = i32::try_from(child.id()).unwrap_or(0);
+    let (alive, ended) = std::sync::mpsc::channel::<()>();
+    let guard = std::thread::spawn(move || {
+        if ended.recv_timeout(Duration::from_secs(60))
+            == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+        {
+            // It hangs; its end closes the pipe that is read below.
+            let _ = sys::kill(pid, libc::SIGKILL);
         }
-        // The guard may be gone already; then the wait below is short.
-        drop(alive);
-        let _ = guard.join();
-        let _ = child.wait();
-        outcome
+    });
+    let mut outcome = Err("havmsi-vmm ended without a result".to_owned());
+    let lines = child.stdout.take().map(|s| BufReader::new(s).lines());
+    for line in lines.into_iter().flatten().map_while(Result::ok) {
+        out::line(&line);
+        let Some(object) = line.strip_prefix(VMM_PREFIX) else { continue };
+        let text = field(object, "evidence").unwrap_or_default().to_owned();
+        match field(object, "result") {
+            Some("exposed") => outcome = Ok(Exposed(text)),
+            Some("protected") => outcome = Ok(Protected(text)),
+            Some(_) => outcome = Err(text),
+            None => {}
+        }
     }
+    // The guard may be gone already; then the wait below is short.
+    drop(alive);
+    let _ = guard.join();
+    let _ = child.wait();
+    outcome
 }
 
 /// A page of the attacker's own.

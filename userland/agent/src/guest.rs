@@ -14,6 +14,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const QEMU: &str = "/usr/bin/qemu-system-aarch64";
+/// Puts a pool for transfers into the guest's device tree.
+const RUN: &str = "/havmsi/run";
+/// MiB of that pool.
+pub const POOL_MIB: u64 = 16;
+/// The host's disk that guests use, each a part of its own, past the host's page cache.
+const DISK: &str = "/dev/vdb";
+const DISK_PART: u64 = 16 << 20;
+/// What the host answers on a guest's second console.
+pub const GREETING: &str = "it is I, the host";
 /// Where QEMU's `virt` machine has its RAM.
 pub const RAM: u64 = 0x4000_0000;
 
@@ -39,6 +48,15 @@ pub struct Verdict {
     pub text: String,
 }
 
+/// What went through a guest's devices and came back.
+#[derive(Clone, Debug, Default)]
+pub struct Devices {
+    pub disk_kib: u64,
+    pub net_kib: u64,
+    pub random: u64,
+    pub console: String,
+}
+
 /// What its console has said so far.
 #[derive(Default)]
 pub struct State {
@@ -46,6 +64,8 @@ pub struct State {
     pub vcpus: u64,
     pub seed: Option<Seed>,
     pub targets: Vec<u64>,
+    pub public: Option<Seed>,
+    pub devices: Option<Devices>,
     pub corrupt: Vec<Corrupt>,
     pub verdict: Option<Verdict>,
     pub old: Option<String>,
@@ -91,6 +111,16 @@ impl State {
                 page: number(object, "page").unwrap_or(u64::MAX),
                 words: ["w0", "w1"].map(|w| number(object, w).unwrap_or(0)),
             }),
+            "public" => self.public = field(object, "seed").and_then(Seed::from_hex),
+            "devices" => {
+                let n = |key| number(object, key).unwrap_or(0);
+                self.devices = Some(Devices {
+                    disk_kib: n("disk_kib"),
+                    net_kib: n("net_kib"),
+                    random: n("random"),
+                    console: field(object, "console").unwrap_or_default().to_owned(),
+                });
+            }
             "old" => self.old = Some(object.to_owned()),
             "verdict" => {
                 let n = |key| number(object, key).unwrap_or(0);
@@ -128,12 +158,40 @@ fn listen(index: usize, from: impl Read, shared: &Shared) {
     }
 }
 
+/// QEMU with a disk, a network that only echoes, a random source and a second console, all of
+/// them virtio, by way of the program that tells the guest which memory to share.
+fn with_devices(index: usize) -> Result<Command, String> {
+    let console = |end| format!("/tmp/console{index}.{end}");
+    let greeting = std::fs::write(console("in"), format!("{GREETING}\n"));
+    greeting.map_err(|e| format!("{}: {e}", console("in")))?;
+    let place = index as u64 * DISK_PART;
+    let disk = format!(
+        "if=none,id=disk,format=raw,cache=none,offset={place},size={DISK_PART},file={DISK},file.locking=off"
+    );
+    let mut command = Command::new(RUN);
+    command.args(["--pool", &POOL_MIB.to_string(), QEMU]);
+    command.args(["-drive", &disk, "-device", "virtio-blk-pci,drive=disk,disable-legacy=on"]);
+    let echo = "user,id=net,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:/bin/busybox cat";
+    command.args(["-netdev", echo]);
+    command.args(["-device", "virtio-net-pci,netdev=net,romfile=,disable-legacy=on"]);
+    command.args(["-device", "virtio-rng-pci,disable-legacy=on"]);
+    command.args(["-device", "virtio-serial-pci,disable-legacy=on"]);
+    let ends = format!("file,id=console,path={},input-path={}", console("out"), console("in"));
+    command.args(["-chardev", &ends, "-device", "virtconsole,chardev=console"]);
+    Ok(command)
+}
+
+/// What a guest has said on its second console.
+pub fn said(index: usize) -> String {
+    std::fs::read_to_string(format!("/tmp/console{index}.out")).unwrap_or_default()
+}
+
 impl Guest {
     /// Starts QEMU.
     pub fn start(index: usize, params: &Params, mode: &str) -> Result<Self, String> {
         let machine =
             format!("virt,gic-version={},dtb-randomness=off{}", params.gic, params.machine);
-        let mut command = Command::new(QEMU);
+        let mut command = if mode == "devices" { with_devices(index)? } else { Command::new(QEMU) };
         command
             .args(["-M", &machine, "-accel", "kvm", "-cpu", "host"])
             .args(["-smp", &params.vcpus.to_string(), "-m", &params.gmem.to_string()])

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the agent can be asked to do.
 
-use crate::attacker::Attacker;
-use crate::guest::Guest;
+use crate::attacker::{Attacker, Via};
+use crate::guest::{self, Guest};
 use crate::params::Params;
 use crate::{checks, io, out, sys};
 use havmsi_abi::Function;
@@ -38,6 +38,7 @@ impl Job<'_> {
             "hotplug" => self.hotplug(),
             "memlock" => self.memlock(),
             "io" => self.io(),
+            "devices" => self.devices(),
             "bench" => self.bench(),
             "shell" => shell(),
             _ => Ok("looked around".to_owned()),
@@ -198,17 +199,28 @@ impl Job<'_> {
         Ok(format!("the guest rebooted; {pages} pages of its first boot were left"))
     }
 
-    fn stats(&self, when: &str) -> Option<[u64; 5]> {
+    fn stats(&self, when: &str) -> Option<[u64; 6]> {
         let attacker = self.attacker.filter(|_| self.monitor)?;
         let x = attacker.smc(&[Function::Stats.id().into()]).ok()?;
-        let stats = [x[1], x[2], x[3], x[4], x[5]];
-        let names = ["vms", "vcpus", "private", "tables", "host"];
+        let stats = [x[1], x[2], x[3], x[4], x[5], x[6]];
+        let names = ["vms", "vcpus", "private", "tables", "shared", "host"];
         let object = names
             .iter()
             .zip(stats)
             .fold(Object::event("stats").text("when", when), |o, (name, n)| o.value(name, n));
         out::event(object);
         Some(stats)
+    }
+
+    /// STATS once they are `wanted` again, or not: the kernel ends a VM a moment after its process.
+    fn until(&self, wanted: Option<[u64; 6]>) -> Option<[u64; 6]> {
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut after = self.stats("after");
+        while wanted != after && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(500));
+            after = self.stats("after");
+        }
+        after
     }
 
     fn rounds(&self) -> End {
@@ -221,13 +233,7 @@ impl Job<'_> {
             self.finish(&mut guests).map_err(|e| format!("round {}: {e}", round + 1))?;
         }
         out::progress("round", total, total, "");
-        // The kernel ends a VM a moment after its process.
-        let end = Instant::now() + Duration::from_secs(10);
-        let mut after = self.stats("after");
-        while before != after && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(500));
-            after = self.stats("after");
-        }
+        let after = self.until(before);
         if before != after {
             return Err(format!("STATS {before:?} before and {after:?} after {total} rounds"));
         }
@@ -257,6 +263,83 @@ impl Job<'_> {
         Ok(format!(
             "{} MiB by disk and {} MiB by network came back as they were",
             done.disk_mib, done.net_mib
+        ))
+    }
+
+    /// Guests use virtio devices, through memory that they share: the host finds what is there,
+    /// and nothing else of theirs.
+    fn devices(&self) -> End {
+        let attacker = self.attacker.ok_or("the attacker module is not there")?;
+        let before = self.stats("before");
+        let mut wrong = Vec::new();
+        if self.monitor {
+            match checks::own_vmm("sharing") {
+                Ok(checks::Found::Protected(_)) => {}
+                Ok(checks::Found::Exposed(what) | checks::Found::Skipped(what)) | Err(what) => {
+                    wrong.push(what);
+                }
+            }
+        }
+        let mut guests = self.start("devices")?;
+        for guest in &guests {
+            if !guest.wait(BOOT, |s| s.devices.is_some() || s.verdict.is_some()) {
+                return Err(format!("guest {} has not used its devices", guest.index));
+            }
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        let during = self.stats("during");
+        let seeds = |public: bool| -> Vec<Seed> {
+            let seed = |g: &Guest| g.with(|s| if public { s.public } else { s.seed });
+            guests.iter().filter_map(seed).collect()
+        };
+        let (private, public) = (seeds(false), seeds(true));
+        let mut all = private.clone();
+        all.extend(&public);
+        let scan = attacker.scan(&all, Via::Linear).map_err(|e| format!("scan: {e}"))?;
+        let found = |at: usize| scan.hits[at].whole + scan.hits[at].partial;
+        let secret: u64 = (0..private.len()).map(found).sum();
+        let shared: Vec<u64> = (private.len()..all.len()).map(found).collect();
+        for (guest, found) in guests.iter().zip(&shared) {
+            let used = guest.with(|s| s.devices.clone()).unwrap_or_default();
+            out::event(
+                Object::event("devices")
+                    .value("index", guest.index)
+                    .value("disk_kib", used.disk_kib)
+                    .value("net_kib", used.net_kib)
+                    .value("random", used.random)
+                    .text("console", &used.console)
+                    .value("pages_seen", found),
+            );
+            let asked = guest::said(guest.index).contains("who is there?");
+            if !asked || used.console != guest::GREETING || used.random == 0 {
+                wrong.push(format!("guest {}: {used:?}, asked: {asked}", guest.index));
+            }
+        }
+        let verdicts = self.finish(&mut guests);
+        drop(guests);
+        wrong.extend(verdicts.err());
+        if shared.contains(&0) || public.len() != private.len() {
+            wrong.push(format!("the scan sees {shared:?} pages of what is shared"));
+        }
+        if self.monitor {
+            if secret > 0 {
+                wrong.push(format!("the host finds {secret} pages that no guest shares"));
+            }
+            let pool = guest::POOL_MIB * 256 * private.len() as u64;
+            if during.is_none_or(|s| s[4] < pool) {
+                wrong.push(format!("{during:?}: fewer shared pages than the pools have"));
+            }
+            let after = self.until(before);
+            if before != after {
+                wrong.push(format!("STATS {before:?} before and {after:?} after"));
+            }
+        }
+        if !wrong.is_empty() {
+            return Err(wrong.join("; "));
+        }
+        Ok(format!(
+            "of {} pages the host saw {shared:?} that are shared and {secret} that are not",
+            scan.pages
         ))
     }
 

@@ -20,9 +20,9 @@ pub struct Params {
     pub operations: String,
 }
 
-const JOBS: [&str; 12] = [
-    "run", "attack", "smp4", "reboot", "rounds", "hotplug", "io", "memlock", "nokvm", "boot",
-    "shell", "bench",
+const JOBS: [&str; 13] = [
+    "run", "attack", "smp4", "reboot", "rounds", "hotplug", "io", "devices", "memlock", "nokvm",
+    "boot", "shell", "bench",
 ];
 
 impl Params {

@@ -3,6 +3,7 @@
 //! it, keeps verifying memory and registers on all vCPUs, gives its verdict and powers off.
 //! Its lines and modes are described in `userland/README.md`.
 
+mod io;
 mod spin;
 mod sys;
 mod work;
@@ -35,8 +36,8 @@ struct Config {
 
 fn config(line: &str) -> Result<Config, String> {
     let mode = cmdline::value(line, "mode").unwrap_or("work");
-    if !["work", "reboot", "idle"].contains(&mode) {
-        return Err(format!("havmsi.mode={mode}: want work, reboot or idle"));
+    if !["work", "reboot", "idle", "devices"].contains(&mode) {
+        return Err(format!("havmsi.mode={mode}: want work, reboot, idle or devices"));
     }
     Ok(Config {
         mib: cmdline::number(line, "mib", 16, 1, 65_536)?,
@@ -72,6 +73,31 @@ fn look_for(old: Seed) {
     say(object);
 }
 
+/// Mode `devices`: uses them until told to stop, once at least.
+fn devices(seed: Seed, stop: &AtomicBool) -> Result<(), String> {
+    say(Object::event("public").text("seed", &seed.to_hex()));
+    let mut devices = io::Devices::open(seed)?;
+    let mut said = None;
+    loop {
+        let last = stop.load(Ordering::Relaxed);
+        devices.round()?;
+        let recent = |said: Instant| said.elapsed() < Duration::from_secs(2);
+        if !last && said.is_some_and(recent) {
+            continue;
+        }
+        said = Some(Instant::now());
+        let done = &devices.done;
+        say(Object::event("devices")
+            .value("disk_kib", done.disk >> 10)
+            .value("net_kib", done.net >> 10)
+            .value("random", done.random)
+            .text("console", &done.said));
+        if last {
+            return Ok(());
+        }
+    }
+}
+
 fn run() -> Result<sys::End, String> {
     sys::mount_all();
     let line = std::fs::read_to_string("/proc/cmdline").map_err(|e| e.to_string())?;
@@ -105,7 +131,18 @@ fn run() -> Result<sys::End, String> {
     say(Object::event("seed").text("seed", &seed.to_hex()).hex_list("targets", &memory.targets()));
     let start = Instant::now();
     let idle = config.mode == "idle";
-    let result = work::verify(&memory, &cpus, &stop, end, idle);
+    let (result, used) = std::thread::scope(|scope| {
+        let used = (config.mode == "devices").then(|| {
+            let seed = sys::random().map(|bytes| Seed::from_bytes(&bytes));
+            let stop = &stop;
+            scope.spawn(move || devices(seed?, stop))
+        });
+        let result = work::verify(&memory, &cpus, &stop, end, idle);
+        stop.store(true, Ordering::Relaxed);
+        let died = |_| Err("the thread that works with the devices died".to_owned());
+        (result, used.map_or(Ok(()), |used| used.join().unwrap_or_else(died)))
+    });
+    used?;
     say(Object::event("verdict")
         .value("ok", result.corrupt == 0)
         .value("vcpus", cpus.len())

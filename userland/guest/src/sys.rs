@@ -4,6 +4,7 @@
 use havmsi_proto::Seed;
 use std::ffi::CStr;
 use std::fs::File;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicU64;
 
@@ -128,6 +129,36 @@ pub fn scan_ram(seed: Seed) -> Result<(u64, u64), String> {
         }
     }
     Ok((pages, bytes))
+}
+
+/// Gives a network interface its address, and turns it on.
+pub fn set_address(interface: &str, address: Ipv4Addr) -> std::io::Result<()> {
+    // SAFETY: plain bits; all zero is an empty request.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+        *place = byte;
+    }
+    // SAFETY: no pointers.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0) };
+    let ioctl = |number: libc::c_ulong, request: &libc::ifreq| {
+        let number = number.try_into().unwrap_or_default();
+        // SAFETY: both calls read a request of this type.
+        let result = unsafe { libc::ioctl(socket, number, std::ptr::from_ref(request)) };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: plain bits.
+    let mut place: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+    place.sin_family = libc::AF_INET.try_into().unwrap_or_default();
+    place.sin_addr.s_addr = u32::from_ne_bytes(address.octets());
+    // SAFETY: a sockaddr_in is as large as a sockaddr, and plain bits.
+    request.ifr_ifru.ifru_addr =
+        unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(place) };
+    ioctl(libc::SIOCSIFADDR, &request)?;
+    request.ifr_ifru.ifru_flags = libc::IFF_UP.try_into().unwrap_or_default();
+    let result = ioctl(libc::SIOCSIFFLAGS, &request);
+    // SAFETY: ours, and closed once.
+    unsafe { libc::close(socket) };
+    result
 }
 
 /// Waits until the console has sent what it was given.

@@ -4,7 +4,8 @@
 //!
 //! `havmsi-vmm ID` carries out one attack and prints a line
 //! `@vmm {"event":"check","id":...,"result":"exposed"|"protected"|"error","evidence":...}`;
-//! `havmsi-vmm alive` only runs a guest: exit status 0 if all is well with it.
+//! `havmsi-vmm alive` only runs a guest: exit status 0 if all is well with it. `havmsi-vmm sharing`
+//! has a guest share memory while this VMM's disk writes there.
 //!
 //! `havmsi-vmm bench GIC [NAME...]` measures operations instead, and prints a line
 //! `@vmm {"event":"bench","operation":...,"ticks":[...]}` for each.
@@ -14,6 +15,7 @@ mod bench;
 mod gic;
 mod memory;
 mod obey;
+mod sharing;
 mod tiny;
 mod vm;
 
@@ -140,12 +142,16 @@ fn main() -> ExitCode {
     let result = match (id.as_str(), attack) {
         ("regs-read", _) => regs_read(),
         ("regs-write", _) => regs_write(),
+        ("sharing", _) => sharing::check(),
         (_, Some((_, attack))) => attack(),
         ("alive", _) => return ended(attacks::alive()),
         ("bench", _) => return ended(bench::main(&std::env::args().skip(2).collect::<Vec<_>>())),
         _ => {
             let names: Vec<&str> = attacks::ATTACKS.iter().map(|a| a.0).collect();
-            eprintln!("usage: havmsi-vmm alive|bench|regs-read|regs-write|{}", names.join("|"));
+            eprintln!(
+                "usage: havmsi-vmm alive|bench|sharing|regs-read|regs-write|{}",
+                names.join("|")
+            );
             return ExitCode::from(2);
         }
     };

@@ -33,6 +33,8 @@ pub mod order {
     pub const LISTEN: u64 = 7;
     /// Acknowledge an interrupt: its number, 1023 for none.
     pub const ACKNOWLEDGE: u64 = 8;
+    /// A hypercall with one argument.
+    pub const HVC: u64 = 9;
 }
 
 /// What the function at [`function`] returns.
@@ -67,6 +69,8 @@ global_asm!(
     "b.eq 11f",
     "cmp x2, #8",
     "b.eq 12f",
+    "cmp x2, #9",
+    "b.eq 13f",
     "ic iallu",
     "dsb sy",
     "isb",
@@ -97,6 +101,14 @@ global_asm!(
     // ICC_IAR1_EL1.
     "12: mrs x5, S3_0_C12_C12_0",
     "dsb sy",
+    "b 7f",
+    "13: mov x0, x3",
+    "mov x1, x4",
+    "mov x2, xzr",
+    "mov x3, xzr",
+    "hvc #0",
+    "mov x1, #0x0a000000",
+    "mov x5, x0",
     "b 7f",
     "6: movz w0, #0x8400, lsl #16",
     "orr w0, w0, #8",

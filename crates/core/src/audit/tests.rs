@@ -21,7 +21,7 @@ fn audit(m: &FakeMachine<'_>, vms: &[&Vm]) -> Result<(), Violation> {
     audit.finish()
 }
 
-/// A VM with two pages, a device page, three tables, two spare ones, and a vCPU.
+/// A VM with two pages, one that it shares, a device page, three tables, two spare ones, and a vCPU.
 fn vm(m: &FakeMachine<'_>) -> Vm {
     let mut vm = Vm::FREE;
     let config = Config { ipa_bits: 32, gic: 2, max_vcpus: 1 };
@@ -33,6 +33,8 @@ fn vm(m: &FakeMachine<'_>) -> Vm {
     vm.activate(m).unwrap();
     vm.map_page(m, RAM, host_page(1).0).unwrap();
     vm.map_page(m, RAM + 0x1000, host_page(2).0).unwrap();
+    vm.map_page(m, RAM + 0x2000, host_page(3).0).unwrap();
+    vm.share(m, Ipa(RAM + 0x2000)).unwrap();
     vm.map_device(m, DEVICE, GICV).unwrap();
     vm
 }
@@ -87,8 +89,12 @@ fn the_hosts_map_is_checked_leaf_by_leaf() {
     assert_eq!(shown, Violation::HostOwner(at(table)));
     let hidden = with_host_leaf(own.0, zero);
     assert_eq!(hidden, Violation::HostOwner(at(own)));
+    let shared = with_host_leaf(host_page(3).0, zero);
+    assert_eq!(shared, Violation::HostOwner(at(host_page(3))));
     // Missing.
-    assert!(matches!(with_host_leaf(own.0, Entry::INVALID), Violation::HostMisses(..)));
+    for pa in [own, host_page(3)] {
+        assert!(matches!(with_host_leaf(pa.0, Entry::INVALID), Violation::HostMisses(..)));
+    }
     assert!(matches!(with_host_leaf(taken.0, Entry::INVALID), Violation::HostMisses(..)));
     // Aliases, and wrong forms.
     for entry in [
@@ -186,7 +192,9 @@ fn a_vms_map_is_checked_leaf_by_leaf() {
     }
     let twice = with_guest_leaf(RAM, page(host_page(2), Attributes::Memory));
     assert_eq!(twice, Violation::UsedTwice(host_page(2)));
-    assert!(matches!(with_guest_leaf(RAM, Entry::INVALID), Violation::Lost(..)));
+    for at in [RAM, RAM + 0x2000] {
+        assert!(matches!(with_guest_leaf(at, Entry::INVALID), Violation::Lost(..)));
+    }
     for entry in [
         page(host_page(1), Attributes::ReadOnly),
         page(host_page(1), Attributes::Device),
@@ -246,7 +254,7 @@ fn records_without_use_are_found() {
     let vm = vm(&m);
     assert_eq!(audit(&m, &[&Vm::FREE, &vm]), Ok(()));
     // A VM that the audit was not shown; one that was never made.
-    let found = Found { private: 2, table: 6, run: 1 };
+    let found = Found { private: 2, shared: 1, table: 6, run: 1 };
     assert_eq!(audit(&m, &[]), Err(Violation::Lost(found, Found::default())));
     assert!(matches!(audit(&m, &[&vm, &vm]), Err(Violation::UsedTwice(_))));
     // In motion.

@@ -2,6 +2,7 @@
 use super::*;
 
 const RAM: u64 = 0x8000_0000;
+const NOTHING: u64 = 0xa00_0000;
 
 /// `x[n] = 0x1111_1111_1111_1111 * n` at first, then whatever distinguishes.
 fn registers() -> [u64; 31] {
@@ -12,10 +13,19 @@ fn registers() -> [u64; 31] {
     x
 }
 
+fn place(ipa: Ipa) -> Option<bool> {
+    assert!(ipa.is_page());
+    match ipa.0 {
+        RAM..0x1_0000_0000 => Some(true),
+        NOTHING => None,
+        _ => Some(false),
+    }
+}
+
 fn on(gic: u64, esr: u64, ipa: u64) -> Action {
     let s = Syndrome { esr, ipa: Ipa(ipa), privileged: true, idx: 1 };
     let config = Config { ipa_bits: 33, gic, max_vcpus: 1 };
-    decide(&s, &registers(), &config, |ipa| ipa.is_page() && (RAM..2 * RAM).contains(&ipa.0))
+    decide(&s, &registers(), &config, place)
 }
 
 fn at(esr: u64, ipa: u64) -> Action {
@@ -29,7 +39,7 @@ fn of(esr: u64) -> Action {
 fn user(esr: u64) -> Action {
     let s = Syndrome { esr, ipa: Ipa(0), privileged: false, idx: 1 };
     let config = Config { ipa_bits: 33, gic: 3, max_vcpus: 1 };
-    decide(&s, &registers(), &config, |_| false)
+    decide(&s, &registers(), &config, |_| Some(false))
 }
 
 const UNDEF: Action = Action::Inject(Injection::Undefined);
@@ -271,11 +281,35 @@ fn a_store_shows_no_more_than_it_stores() {
 #[test]
 fn a_hypercall_shows_four_registers() {
     let x = registers();
-    let exit = hypercall_exit();
-    assert_eq!((exit.class, exit.esr, exit.mode), (ExitClass::Hvc, 0x16 << 26 | IL, 1));
+    let exit = call(&Pending::Hypercall, x[1]);
+    let expected = Exit { class: ExitClass::Hvc, esr: 0x16 << 26 | IL, mode: 1, ..Exit::default() };
+    assert_eq!(exit, expected);
     assert_eq!(shown_registers(exit.class, &x), [x[0], x[1], x[2], x[3]]);
     assert_eq!(shown_registers(ExitClass::MmioWrite, &x), [0; 4]);
-    assert_eq!((exit.ipa, exit.data), (0, 0));
+}
+
+#[test]
+fn an_unmapped_page_can_be_named_by_a_call() {
+    let esr = 0x24 << 26 | IL | WNR | 7;
+    let ipa = RAM + 0x5000;
+    let expected = Exit { class: ExitClass::Fault, esr, ipa, mode: 1, ..Exit::default() };
+    assert_eq!(call(&Pending::Nothing, ipa + 8), expected);
+    assert_eq!(shown_registers(ExitClass::Fault, &registers()), [0; 4]);
+}
+
+#[test]
+fn where_the_guest_has_no_device_the_host_sees_no_access() {
+    for at in [NOTHING, NOTHING + 0xfff] {
+        for esr in [DABT | ISV, DABT | ISV | WNR, DABT | ISV | WNR | 2 << 22, IABT, DABT | S1PTW] {
+            assert_eq!(on(2, esr | 0x07, at), ABORT, "{esr:#x}");
+        }
+        assert_eq!(self::at(DABT | CM | WNR | 0x07, at), ABORT);
+    }
+    // Nor an SGI.
+    assert_eq!(on(2, DABT | ISV | WNR | 2 << 22 | 0x07, NOTHING + 0xf00), ABORT);
+    for at in [NOTHING - 1, NOTHING + 0x1000] {
+        assert!(matches!(self::at(DABT | ISV | 0x07, at), Action::Exit { .. }));
+    }
 }
 
 #[test]

@@ -131,7 +131,7 @@ impl Hardware for Nowhere {
     }
     fn write_entry(&self, _table: Pa, _index: usize, _value: u64) {}
     fn zero_page(&self, _page: Pa) {}
-    fn copy_page(&self, _page: Pa, _to: &mut [u8; 4096]) {}
+    fn flush_page(&self, _page: Pa) {}
     fn invalidate_icache(&self) {}
     fn invalidate_host(&self, _ipa: Ipa) {}
     fn invalidate_devices(&self, _ipa: Ipa) {}
@@ -266,7 +266,7 @@ fn a_hidden_page_is_hidden_from_devices() {
     m.with_host_map(|map| map.resolve(&m.hw, Ipa(pa.0), false, false));
     assert_eq!(leaf(), Entry::page(Pa(BASE + 0x1000), Attributes::ReadOnly));
     let page = page.scrub(&m.hw);
-    m.with_host_map(|map| map.show(&m.hw, &m.pages, page));
+    m.with_host_map(|map| map.show(&m.hw, &m.pages, page, Owner::Host));
     assert_eq!(leaf(), Entry::page(pa, Attributes::Memory));
     assert_eq!(m.hw.stale(), vec![]);
 }
@@ -329,7 +329,7 @@ fn splitting_changes_no_other_page() {
     assert_eq!(hw.stale(), vec![]);
     // Back again: the blocks stay split, the pages are the host's.
     let page = pages.claim(Pa(a), Owner::Private(VmSlot(0))).unwrap();
-    map.show(&hw, &pages, page.isolated().scrub(&hw));
+    map.show(&hw, &pages, page.isolated().scrub(&hw), Owner::Host);
     assert_eq!(pages.owner(Pa(a)), Some(Owner::Host));
     identical(&hw, &map, around, &[b]);
 }
@@ -366,7 +366,7 @@ fn every_change_breaks_before_it_makes() {
     let own = Entry::page(pa, Attributes::Memory);
     let page = page.scrub(&hw);
     hw.take_events();
-    map.show(&hw, &pages, page);
+    map.show(&hw, &pages, page, Owner::Host);
     let own_again = Event::Write(level3, 3, own.0);
     let broken = Event::Write(level3, 3, 0);
     assert_eq!(hw.take_events(), vec![broken, gone, gone_for_devices, own_again]);
@@ -374,7 +374,7 @@ fn every_change_breaks_before_it_makes() {
     let page = pages.claim(pa, Owner::Host).unwrap();
     let page = map.hide(&hw, &pages, page).unwrap().scrub(&hw);
     hw.take_events();
-    map.show(&hw, &pages, page);
+    map.show(&hw, &pages, page, Owner::Host);
     assert_eq!(hw.take_events(), vec![own_again]);
 }
 
@@ -393,7 +393,7 @@ fn pages_of_both_banks_go_and_come_back() {
             assert_eq!(m.host_leaf(pa), Some(zero));
         }
         let page = page.scrub(&m.hw);
-        m.with_host_map(|map| map.show(&m.hw, &m.pages, page));
+        m.with_host_map(|map| map.show(&m.hw, &m.pages, page, Owner::Host));
         assert_eq!(m.host_leaf(pa), Some(Entry::page(pa, Attributes::Memory)));
         assert_eq!(m.pages.owner(pa), Some(Owner::Host));
     }

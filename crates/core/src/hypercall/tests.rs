@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
+use std::sync::LazyLock;
+
 use super::*;
 use crate::fake::{FakeMachine, host_page, records, root};
 use crate::launch::Config;
@@ -6,24 +8,39 @@ use crate::page::VmSlot;
 
 const NOT_SUPPORTED: u64 = u64::MAX;
 const INVALID: u64 = u64::MAX - 1;
+/// SMCCC's.
+const INVALID_PARAMETER: u64 = u64::MAX - 2;
+const RAM: u64 = 0x8000_0000;
 
-/// A VM with vCPUs 0 (running) and 1 (off) of three.
-fn vm() -> Vm {
-    let records = records();
-    let m = FakeMachine::new(&records);
+/// A VM with vCPUs 0 (running) and 1 (off) of three, and 2 MiB of RAM.
+fn vm_on(m: &FakeMachine<'_>) -> Vm {
     let mut vm = Vm::FREE;
     let config = Config { ipa_bits: 32, gic: 3, max_vcpus: 3 };
     vm.create(VmSlot(0), root(VmSlot(0)), config, 0).unwrap();
-    vm.create_vcpu(&m, 0, host_page(0).0, 0).unwrap();
-    vm.create_vcpu(&m, 1, host_page(1).0, 1).unwrap();
+    vm.add_ram(RAM, 0x20_0000).unwrap();
+    vm.create_vcpu(m, 0, host_page(0).0, 0).unwrap();
+    vm.create_vcpu(m, 1, host_page(1).0, 1).unwrap();
     vm.set_boot(0, Boot::default()).unwrap();
-    vm.activate(&m).unwrap();
+    vm.activate(m).unwrap();
     vm.enter(0).unwrap();
     vm
 }
 
+fn vm() -> Vm {
+    vm_on(&FakeMachine::new(&records()))
+}
+
+/// A call that touches no page; `None` if the host acts on it.
 fn call(vm: &mut Vm, caller: u64, x: [u64; 4]) -> Option<[u64; 4]> {
-    super::call(vm, caller, x, || Some([u64::MAX; 4]))
+    static MACHINE: LazyLock<FakeMachine<'static>> =
+        LazyLock::new(|| FakeMachine::new(records().leak()));
+    match super::call(&*MACHINE, vm, caller, x, || Some([u64::MAX; 4])) {
+        Ok(results) => Some(results),
+        Err(host) => {
+            assert_eq!(host, Pending::Hypercall);
+            None
+        }
+    }
 }
 
 fn ask(vm: &mut Vm, x: [u64; 4]) -> u64 {
@@ -54,7 +71,12 @@ fn the_monitor_answers_what_it_can() {
         ([0x8400_000b, 0, 0, 0], NOT_SUPPORTED),
         ([0xc400_000e, 0, 0, 0], NOT_SUPPORTED),
         ([0x8400_0054, 0, 0, 0], NOT_SUPPORTED),
-        ([0x8600_0000, 0, 0, 0], NOT_SUPPORTED),
+        ([0x8600_0001, 0, 0, 0], NOT_SUPPORTED),
+        ([0x8600_0005, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc600_0000, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc600_0001, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc600_0006, 0, 0, 0], NOT_SUPPORTED),
+        ([0xc600_ff01, 0, 0, 0], NOT_SUPPORTED),
         // The host's calls are not the guest's.
         ([0xc200_0000, 0, 0, 0], NOT_SUPPORTED),
         ([0xc200_0012, 1, 0, 0], NOT_SUPPORTED),
@@ -205,4 +227,96 @@ fn random_bits_fill_from_the_lowest_word() {
     assert_eq!(random_answer(ones, 32, false), [0, 0, 0, word]);
     assert_eq!(random_answer(Some([1, 2, 3, 4]), 192, true), [0, 1, 2, 3]);
     assert_eq!(random_answer(Some([1, 2, 3, 4]), 96, false), [0, 1, 2, 3]);
+}
+
+#[test]
+fn kvms_calls_are_found_by_their_owner_and_features() {
+    let vm = &mut vm();
+    let uid = Some([0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d]);
+    assert_eq!(call(vm, 0, [0x8600_ff01, 1, 2, 3]), uid);
+    // Features, meminfo, share, unshare, guard; not PTP.
+    assert_eq!(call(vm, 0, [0x8600_0000, 1, 2, 3]), Some([0x9d, 0, 0, 0]));
+    assert_eq!(call(vm, 0, [0xc600_0002, 0, 0, 0]), Some([4096, 0, 0, 0]));
+    // They are SMC64, and what is reserved must be zero.
+    for function in [2, 3, 4, 7] {
+        assert_eq!(ask(vm, [0x8600_0000 | function, 0, 0, 0]), NOT_SUPPORTED);
+        for x in [[0, 1, 0], [0, 0, 1], [0, 1 << 63, 0]] {
+            let x = [0xc600_0000 | function, RAM + x[0], x[1], x[2]];
+            assert_eq!(ask(vm, x), INVALID_PARAMETER, "{x:x?}");
+        }
+    }
+    assert_eq!(ask(vm, [0xc600_0002, 0x1000, 0, 0]), INVALID_PARAMETER);
+}
+
+#[test]
+fn a_page_is_shared_once_it_is_there_and_unshared_when_the_host_agrees() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = vm_on(&m);
+    let call = |vm: &mut Vm, f, ipa| super::call(&m, vm, 0, [f, ipa, 0, 0], || None);
+    let (share, unshare) = (0xc600_0003, 0xc600_0004);
+    for ipa in [RAM + 8, RAM - 0x1000, RAM + 0x20_0000, 0, u64::MAX, u64::MAX - 0xfff, 1 << 32] {
+        assert_eq!(call(&mut vm, share, ipa), Ok([INVALID_PARAMETER, 0, 0, 0]), "{ipa:#x}");
+    }
+    for _ in 0..2 {
+        assert_eq!(call(&mut vm, share, RAM + 0x3000), Err(Pending::Nothing));
+    }
+    vm.donate_pool(&m, host_page(2).0, 2).unwrap();
+    vm.map_page(&m, RAM + 0x3000, host_page(8).0).unwrap();
+    assert_eq!(call(&mut vm, share, RAM + 0x3000), Ok([0; 4]));
+    assert_eq!(call(&mut vm, share, RAM + 0x3000), Ok([INVALID_PARAMETER, 0, 0, 0]));
+    assert_eq!(m.pages.census().shared, 1);
+    // The host hears of it, whatever it is about.
+    for ipa in [RAM + 0x3000, RAM, 8] {
+        assert_eq!(call(&mut vm, unshare, ipa), Err(Pending::Hypercall));
+    }
+    let mut answered = |f: u64, ipa, mut answer| {
+        super::answered(&m, &mut vm, 0, [f, ipa], &mut answer);
+        (answer, m.pages.census().shared)
+    };
+    let results = |x0| Answer::Results([x0, 7, 8, 9]);
+    // No answer, no; an answer to another call; no such page; yes; twice.
+    assert_eq!(answered(unshare, RAM + 0x3000, Answer::Nothing), (Answer::Nothing, 1));
+    assert_eq!(answered(unshare, RAM + 0x3000, results(5)), (results(5), 1));
+    assert_eq!(answered(0x8400_0001, RAM + 0x3000, results(0)), (results(0), 1));
+    assert_eq!(answered(0x8600_0004, RAM + 0x3000, results(0)), (results(0), 1));
+    for ipa in [RAM + 0x2000, RAM + 0x3008, 0, u64::MAX] {
+        assert_eq!(answered(unshare, ipa, results(0)), (results(INVALID_PARAMETER), 1));
+    }
+    assert_eq!(answered(0xff_0000_0000 | unshare, RAM + 0x3000, results(0)), (results(0), 0));
+    let again = answered(unshare, RAM + 0x3000, results(0));
+    assert_eq!(again, (results(INVALID_PARAMETER), 0));
+}
+
+#[test]
+fn an_answer_is_also_that_of_a_cpu_on() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = vm_on(&m);
+    let on = [0xc400_0003, 1];
+    vm.cpu_on(0, 1, Boot::default()).unwrap();
+    // Not answered, the guest calls again: the target stays on.
+    answered(&m, &mut vm, 0, on, &mut Answer::Nothing);
+    answered(&m, &mut vm, 0, on, &mut Answer::Results([1, 0, 0, 0]));
+    assert_eq!(vm.power(1), Some(Power::Pending(Boot::default())));
+    assert_eq!(super::call(&m, &mut vm, 0, [on[0], 1, 0, 0], || None), Ok([u64::MAX - 4, 0, 0, 0]));
+    vm.enter(1).unwrap();
+    vm.cpu_off(1);
+    vm.leave(1, 0);
+    vm.cpu_on(0, 1, Boot::default()).unwrap();
+    answered(&m, &mut vm, 0, on, &mut Answer::Results([1, 0, 0, 0]));
+    assert_eq!(vm.power(1), Some(Power::Off));
+}
+
+#[test]
+fn a_guarded_place_is_a_page_outside_ram() {
+    let vm = &mut vm();
+    for at in [0x900_0008, RAM, RAM + 0x1f_f000, 1 << 32, u64::MAX - 0xfff] {
+        assert_eq!(ask(vm, [0xc600_0007, at, 0, 0]), INVALID_PARAMETER, "{at:#x}");
+    }
+    assert_eq!(vm.ram_or_device(Ipa(0x900_0000)), Some(false));
+    for at in [0x800_0000, 0x800_0000, RAM + 0x20_0000, (1 << 32) - 0x1000] {
+        assert_eq!(ask(vm, [0xc600_0007, at, 0, 0]), 0, "{at:#x}");
+    }
+    assert_eq!(vm.ram_or_device(Ipa(0x900_0000)), None);
 }

@@ -35,11 +35,11 @@ impl Snapshot {
         });
         let state = |vm: &Vm| {
             let Vm { phase, slot, generation, config, ram, devices, map, launch, .. } = vm;
-            let Vm { vcpus, cntvoff, .. } = vm;
+            let Vm { vcpus, cntvoff, guards, .. } = vm;
             let digest = launch.digest(config, ram.iter(), devices, core::iter::empty());
             format!(
                 "{phase:?} {slot:?} {generation} {config:?} {ram:?} {devices:?} {map:?} \
-                 {vcpus:?} {cntvoff} {digest:x?} {:?}",
+                 {vcpus:?} {cntvoff} {guards:?} {digest:x?} {:?}",
                 launch.check(Ipa(RAM))
             )
         };
@@ -324,7 +324,7 @@ fn an_image_page_is_measured_out_of_the_hosts_hands() {
     populate(&mut vm, RAM + 0x5000, page.0).unwrap();
     let events = m.hw.take_events();
     let at = |event| events.iter().position(|e| *e == event).unwrap();
-    assert!(at(Event::InvalidateHost(Ipa(page.0))) < at(Event::Copy(page)));
+    assert!(at(Event::InvalidateHost(Ipa(page.0))) < at(Event::Flush(page)));
     assert_eq!(guest_page(&m, &vm, RAM + 0x5000), Some(page));
     assert_eq!(m.pages.owner(page), Some(Owner::Private(SLOT)));
     assert_eq!(m.hw.peek(page, 3), 42);
@@ -814,4 +814,138 @@ fn an_address_space_of_several_gib_is_torn_down() {
     assert_eq!(vm.map.pool_len(), 20);
     destroy(&m, &mut vm);
     check(&m, core::iter::once(&vm));
+}
+
+#[test]
+fn a_shared_page_is_seen_by_both_and_comes_back_as_it_is() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    m.hw.load(vm.map.vttbr());
+    let (a, b) = (host_page(MEM), host_page(MEM + 1));
+    vm.map_page(&m, RAM, a.0).unwrap();
+    vm.map_page(&m, RAM + 0x1000, b.0).unwrap();
+    m.hw.poke(a, 9, 42);
+    // The host looked where it is hidden.
+    assert!(is_hidden(&m, a));
+    m.hw.take_events();
+    vm.share(&m, Ipa(RAM)).unwrap();
+    let events = m.hw.take_events();
+    let own = Entry::page(a, Attributes::Memory);
+    assert!(!events.iter().any(|e| matches!(e, Event::Zero(_) | Event::InvalidateGuest(..))));
+    assert_eq!((guest_page(&m, &vm, RAM), m.host_leaf(a)), (Some(a), Some(own)));
+    assert_eq!(m.hw.peek(a, 9), 42);
+    assert_eq!(m.pages.owner(a), Some(Owner::Shared(SLOT)));
+    assert!(is_hidden(&m, b));
+    check(&m, core::iter::once(&vm));
+
+    // It is the VM's: not to be given to it again, nor to anyone else.
+    assert_eq!(refused(&m, &mut vm, |vm| vm.share(&m, Ipa(RAM))), Error::Denied);
+    let again = |vm: &mut Vm| vm.map_page(&m, RAM + 0x2000, a.0);
+    assert_eq!(refused(&m, &mut vm, again), other(Error::Denied));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.donate_pool(&m, a.0, 1)), Error::Denied);
+    let mut bad = |ipa| refused(&m, &mut vm, |vm| vm.share(&m, Ipa(ipa)));
+    assert_eq!(bad(RAM + 0x2000), Error::Again);
+    assert_eq!(bad(RAM + 0x20_0000), Error::Again);
+    assert_eq!(bad(RAM + 8), Error::Invalid);
+    assert_eq!(bad(RAM - 0x1000), Error::Invalid);
+    assert_eq!(bad(RAM + 0x4000_0000), Error::Invalid);
+    assert_eq!(bad(u64::MAX - 0xfff), Error::Invalid);
+    let mut bad = |ipa| refused(&m, &mut vm, |vm| vm.unshare(&m, Ipa(ipa)));
+    assert_eq!(bad(RAM + 0x1000), Error::Denied);
+    assert_eq!(bad(RAM + 0x2000), Error::Again);
+    assert_eq!(bad(RAM + 8), Error::Invalid);
+    assert_eq!(bad(0), Error::Invalid);
+
+    // What the host left there is the guest's now, and nobody sees what comes after.
+    m.hw.poke(a, 9, 43);
+    m.hw.take_events();
+    vm.unshare(&m, Ipa(RAM)).unwrap();
+    let events = m.hw.take_events();
+    let at = |event| events.iter().position(|e| *e == event).unwrap();
+    let hidden = events.iter().position(|e| matches!(e, Event::Write(_, _, v) if *v == 2)).unwrap();
+    assert!(hidden < at(Event::InvalidateHost(Ipa(a.0))));
+    assert!(at(Event::InvalidateHost(Ipa(a.0))) < at(Event::Flush(a)));
+    assert!(at(Event::InvalidateDevices(Ipa(a.0))) < at(Event::Flush(a)));
+    assert_eq!((m.hw.peek(a, 9), guest_page(&m, &vm, RAM)), (43, Some(a)));
+    assert_eq!(m.pages.owner(a), Some(Owner::Private(SLOT)));
+    assert!(is_hidden(&m, a));
+    check(&m, core::iter::once(&vm));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.unshare(&m, Ipa(RAM))), Error::Denied);
+    vm.share(&m, Ipa(RAM)).unwrap();
+    assert_eq!(m.pages.census().shared, 1);
+}
+
+#[test]
+fn a_shared_page_comes_back_wiped_and_is_never_out_of_the_hosts_map() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    for n in 0..3 {
+        vm.map_page(&m, RAM + n * 0x1000, host_page(MEM + n).0).unwrap();
+        m.hw.poke(host_page(MEM + n), 7, 0x5ec0);
+        vm.share(&m, Ipa(RAM + n * 0x1000)).unwrap();
+    }
+    m.hw.load(vm.map.vttbr());
+    m.hw.take_events();
+    vm.unmap_pages(&m, RAM, 1).unwrap();
+    m.hw.unload(vm.map.vttbr());
+    let lost = |vm: &mut Vm| vm.share(&m, Ipa(RAM));
+    assert_eq!(refused(&m, &mut vm, lost), Error::Again);
+    reset(&m, &mut vm);
+    let events = m.hw.take_events();
+    assert!(!events.iter().any(|e| matches!(e, Event::InvalidateHost(_))));
+    for n in 0..3 {
+        let page = host_page(MEM + n);
+        assert_eq!(m.pages.owner(page), Some(Owner::Host));
+        assert_eq!(m.host_leaf(page), Some(Entry::page(page, Attributes::Memory)));
+        assert!(m.hw.is_zero(page));
+    }
+    assert_eq!((m.pages.census().shared, m.pages.census().private), (0, 0));
+    check(&m, core::iter::once(&vm));
+    destroy(&m, &mut vm);
+}
+
+#[test]
+fn a_guest_says_where_its_devices_are() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    let place = |vm: &Vm, at: u64| vm.ram_or_device(Ipa(at));
+    assert_eq!(place(&vm, RAM), Some(true));
+    for at in [0, 0x900_0000, RAM - 0x1000, RAM + 0x4000_0000] {
+        assert_eq!(place(&vm, at), Some(false));
+    }
+    for (at, error) in [
+        (0x900_0008, Error::Invalid),
+        (RAM, Error::Invalid),
+        (RAM + 0x3fff_f000, Error::Invalid),
+        (1 << 33, Error::Invalid),
+        (u64::MAX - 0xfff, Error::Invalid),
+    ] {
+        assert_eq!(refused(&m, &mut vm, |vm| vm.guard(Ipa(at))), error);
+        assert_eq!(place(&vm, 0x900_0000), Some(false));
+    }
+    // Two pages in turn are one run; known ones need none.
+    for at in [0x900_0000, 0x900_1000, 0x900_0000, 0x900_1000, 0x900_0000] {
+        vm.guard(Ipa(at)).unwrap();
+    }
+    assert_eq!(vm.guards[0], Range { base: 0x900_0000, size: 0x2000 });
+    assert_eq!(vm.guards[1], Range::default());
+    assert_eq!((place(&vm, RAM), place(&vm, 0x900_1000)), (Some(true), Some(false)));
+    for at in [0, 0x8ff_f000, 0x900_2000, (1 << 33) - 0x1000] {
+        assert_eq!(place(&vm, at), None);
+    }
+    for n in 1..MAX_GUARDS as u64 {
+        vm.guard(Ipa(n * 0x2000)).unwrap();
+        vm.guard(Ipa(n * 0x2000)).unwrap();
+    }
+    assert_eq!(refused(&m, &mut vm, |vm| vm.guard(Ipa(0xa00_0000))), Error::NoMemory);
+    vm.guard(Ipa(0x900_2000)).unwrap();
+    assert_eq!(place(&vm, 0x900_2000), Some(false));
+    check(&m, core::iter::once(&vm));
+    // Another guest starts anew.
+    reset(&m, &mut vm);
+    assert_eq!(place(&vm, 0xa00_0000), Some(false));
+    assert_eq!(vm.guards, [Range::default(); MAX_GUARDS]);
 }

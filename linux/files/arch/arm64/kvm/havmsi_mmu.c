@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * HA-VMSI: a VM's memory. Pages are pinned in the VMM's address space and
- * donated to the VM by the monitor; they come back wiped. Nothing else of
- * KVM's stage-2 code does anything in this mode: its table stays empty.
+ * donated to the VM by the monitor; they come back wiped. What the VM shares
+ * is still its own, and there for us to use: the monitor shows it again where
+ * it always was. Nothing else of KVM's stage-2 code does anything in this
+ * mode: its table stays empty.
  */
+#include <linux/delay.h>
 #include <linux/kvm_host.h>
 #include <linux/ksm.h>
 #include <linux/mm.h>
@@ -318,6 +321,62 @@ int havmsi_map_devices(struct havmsi_vm *hv)
 
 /* ---- while it runs ---- */
 
+/*
+ * Whether somebody else has the page pinned, for DMA by all means: direct I/O
+ * of the VMM. It aborts if the page goes meanwhile. Beside our own pin, which
+ * pages in the list have, and @page if @mine. May err on the safe side: pins
+ * of a large folio are counted for all of it.
+ */
+static bool pinned_by_others(struct havmsi_vm *hv, gfn_t gfn, struct page *page,
+			     bool mine)
+{
+	struct folio *folio = page_folio(page);
+	unsigned long first, i, own = mine;
+	struct page *other;
+
+	if (!folio_test_large(folio))
+		return (unsigned int)folio_ref_count(folio) >=
+		       2 * GUP_PIN_COUNTING_BIAS;
+
+	first = gfn - min(gfn, folio_page_idx(folio, page));
+	xa_for_each_range(&hv->pages, i, other, first,
+			  first + folio_nr_pages(folio) - 1)
+		own += page_folio(other) == folio;
+	return atomic_read(&folio->_pincount) > own;
+}
+
+/* A device or a system call is at it: the guest comes again in a moment. */
+static int not_yet(void)
+{
+	usleep_range(20, 200);
+	return 1;
+}
+
+/*
+ * The guest wants a page back that it shared. The monitor takes it out of our
+ * map when we answer 0; the guest asks again until it is answered.
+ */
+static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
+{
+	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
+	struct havmsi_vm *hv = vcpu->kvm->arch.havmsi;
+	gfn_t gfn = ipa >> PAGE_SHIFT;
+	struct page *page;
+	int ret = 1;
+
+	down_read(&hv->lock);
+	page = xa_load(&hv->pages, gfn);
+	if (page && pinned_by_others(hv, gfn, page, false)) {
+		/* No answer. */
+		hvcpu->exit_class = HAVMSI_EXIT_IRQ;
+		ret = not_yet();
+	} else {
+		vcpu_set_reg(vcpu, 0, 0);
+	}
+	up_read(&hv->lock);
+	return ret;
+}
+
 /* The guest wants a page of its RAM that it doesn't have yet. */
 static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 {
@@ -352,6 +411,12 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		kvm_pr_limited("HA-VMSI VM %llu: can't pin the memory behind guest address %#llx (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = -EFAULT;
+		goto out;
+	}
+
+	if (pinned_by_others(hv, gfn, page, true)) {
+		unpin_user_page(page);
+		ret = not_yet();
 		goto out;
 	}
 
@@ -393,6 +458,8 @@ int havmsi_handle_guest_abort(struct kvm_vcpu *vcpu)
 
 	if (hvcpu->exit_class == HAVMSI_EXIT_FAULT)
 		return map_page(vcpu, hvcpu->exit_ipa);
+	if (hvcpu->exit_class == HAVMSI_EXIT_HVC)
+		return unshare_page(vcpu, hvcpu->exit_ipa);
 
 	idx = srcu_read_lock(&vcpu->kvm->srcu);
 	ret = io_mem_abort(vcpu, hvcpu->exit_ipa);

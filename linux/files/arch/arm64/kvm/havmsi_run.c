@@ -127,6 +127,7 @@ static int take_exit(struct kvm_vcpu *vcpu, struct havmsi_vcpu *hvcpu)
 {
 	struct havmsi_run_exit *exit = &hvcpu->run->exit;
 	struct kvm_vcpu_fault_info *fault = &vcpu->arch.fault;
+	u64 esr = exit->esr;
 	int i;
 
 	/* The answer was taken, whatever it was. */
@@ -154,12 +155,17 @@ static int take_exit(struct kvm_vcpu *vcpu, struct havmsi_vcpu *hvcpu)
 		/* That vCPU is off: nobody waits for an answer. */
 		if ((u32)exit->gpr[0] == PSCI_0_2_FN_CPU_OFF)
 			hvcpu->exit_class = HAVMSI_EXIT_IRQ;
+		/* About a page: handled where faults are. */
+		if ((u32)exit->gpr[0] == ARM_SMCCC_VENDOR_HYP_KVM_MEM_UNSHARE_FUNC_ID) {
+			hvcpu->exit_ipa = exit->gpr[1];
+			esr = ESR_ELx_EC_DABT_LOW << ESR_ELx_EC_SHIFT | ESR_ELx_IL;
+		}
 		break;
 	}
 
 	*vcpu_cpsr(vcpu) &= ~(PSR_MODE_MASK | PSR_MODE32_BIT);
 	*vcpu_cpsr(vcpu) |= exit->mode ? PSR_MODE_EL1h : PSR_MODE_EL0t;
-	fault->esr_el2 = exit->esr;
+	fault->esr_el2 = esr;
 	fault->far_el2 = exit->ipa & ~PAGE_MASK;
 	fault->hpfar_el2 = (exit->ipa >> PAGE_SHIFT) << 4;
 	return ARM_EXCEPTION_TRAP;
