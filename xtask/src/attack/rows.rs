@@ -404,14 +404,17 @@ pub const ROWS: [Row; 28] = [
 mod tests {
     use super::*;
 
-    /// What a test monitor can leave out an attack must notice.
+    /// What a test monitor can leave out an attack must notice; `OwnerLate` is a
+    /// race for `cargo xtask model`.
     #[test]
     fn each_check_has_an_attack() {
         let source = include_str!("../../../crates/core/src/leave_out.rs");
         let (_, list) = source.split_once("\nchecks! {").unwrap();
         let (list, _) = list.split_once("\n}").unwrap();
         let names = list.lines().filter_map(|l| l.trim().strip_suffix(','));
-        let checks: Vec<&str> = names.filter(|n| !n.starts_with("///") && *n != "Panic").collect();
+        let checks: Vec<&str> = names
+            .filter(|n| !n.starts_with("///") && !["Panic", "OwnerLate"].contains(n))
+            .collect();
         assert!(checks.len() > 40, "{checks:?}");
         let left = |check: &&&str| !payload::TABLE.iter().any(|a| a.leave_out == **check);
         assert_eq!(checks.iter().filter(left).collect::<Vec<_>>(), Vec::<&&str>::new());
