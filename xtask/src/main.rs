@@ -19,6 +19,7 @@ mod image;
 mod job;
 mod kernel;
 mod machine;
+mod model;
 mod mutants;
 mod report;
 mod rows;
@@ -87,6 +88,8 @@ enum Verb {
     Fuzz(fuzz::Args),
     /// Break the pure crate in a thousand ways, one at a time: some test must notice
     Mutants(mutants::Args),
+    /// Explore every interleaving of the pure crate's transitions in small worlds
+    Model(model::Args),
     /// Compute the launch digest of a guest from its files and configuration
     Digest(digest::Args),
     /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
@@ -121,6 +124,7 @@ impl Verb {
             Self::Test(_) => "test",
             Self::Fuzz(_) => "fuzz",
             Self::Mutants(_) => "mutants",
+            Self::Model(_) => "model",
             Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
             Self::Clean { .. } => "clean",
@@ -242,6 +246,7 @@ fn real_main() -> Result<()> {
         Verb::Test(args) => test::main(&ctx, &args),
         Verb::Fuzz(args) => fuzz::main(&ctx, &args),
         Verb::Mutants(args) => mutants::main(&ctx, &args),
+        Verb::Model(args) => model::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json, files } => tcb::main(&ctx, json, files),
         Verb::Clean { cache } => clean(&ctx, cache),

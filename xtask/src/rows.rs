@@ -15,7 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, attack, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, sh, tcb,
+    Ctx, attack, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, model, sh,
+    tcb,
 };
 
 /// One row.
@@ -56,6 +57,8 @@ pub enum Work {
     ThreatsDoc,
     /// The pure crate against its model, for so many seconds.
     FuzzHost(u64),
+    /// Every interleaving in small worlds.
+    Model,
     /// A reset leaves nothing of a VM.
     Reset,
     /// The monitor's panic stops all CPUs.
@@ -96,6 +99,7 @@ pub fn table() -> Vec<Row> {
                 )
             }
             Work::FuzzHost(_) => "cargo xtask fuzz --host".to_owned(),
+            Work::Model => "cargo xtask model".to_owned(),
             Work::Attack => "cargo xtask attack".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
@@ -152,6 +156,10 @@ pub fn table() -> Vec<Row> {
         words.extend(["--target-dir", "target/schedules", "--features", tool, "--test", test]);
         add(format!("schedules/{tool}"), 600, Work::Cargo(words));
     }
+    let mut broken = vec!["test", "-q", "--profile", "model", "-p", "havmsi-models"];
+    broken.extend(["--features", "leave-out"]);
+    add("model/broken".into(), 300, Work::Cargo(broken));
+    add("model/shipped".into(), 300, Work::Model);
     add("fuzz/host".into(), 300, Work::FuzzHost(40));
     add("size/tcb".into(), 120, Work::Tcb);
     add("size/series".into(), 30, Work::Series);
@@ -246,6 +254,9 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
         needs.extend(setup::ALL);
     }
     setup::ensure(ctx, &needs)?;
+    if any(|w| matches!(w, Work::Model)) {
+        model::build(ctx)?;
+    }
     if payload {
         build::payload(ctx)?;
     }
@@ -278,6 +289,7 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
             let report = fuzz_host::fuzz(ctx, secs(*seconds))?;
             Ok(Ended::ok(fuzz_host::verdict(&report)?))
         }
+        Work::Model => Ok(Ended::ok(model::verdict(&model::row(ctx, row.limit)?)?)),
         Work::Payload(gic, cpu) => payload(ctx, *gic, *cpu, row.limit),
         Work::Run(gic, cpu) => {
             let report =

@@ -341,19 +341,25 @@ fn find_all(text: &str, word: &str) -> Vec<usize> {
 }
 
 /// What only test monitors have, or the crate of `schedules/`.
-const TEST_BUILDS: [&str; 5] = [
+const TEST_BUILDS: [&str; 6] = [
     "#[cfg(feature = \"leave-out\")]",
     "#[cfg(feature = \"audit\")]",
     "#[cfg(any(test, feature = \"audit\"))]",
     "#[cfg(feature = \"loom\")]",
     "#[cfg(feature = \"shuttle\")]",
+    "#[cfg(any(test, feature = \"fake\"))]",
 ];
+
+/// An attribute, a line of its own, that only test builds have.
+const TEST_ATTRIBUTE: &str = "#[cfg_attr(any(test, feature = \"fake\"),";
 
 /// Counts one Rust file. What only test monitors have does not count: items with
 /// [`TEST_BUILDS`], and `left_out!(Check => ...);`, which is nothing elsewhere.
 fn count_rust(source: &str) -> Count {
     let source =
         TEST_BUILDS.iter().fold(source.to_owned(), |text, cfg| text.replace(cfg, "#[cfg(test)]"));
+    let source = source.lines().filter(|line| !line.starts_with(TEST_ATTRIBUTE));
+    let source: String = source.flat_map(|line| [line, "\n"]).collect();
     let mut text = strip(&source, false).into_bytes();
     text.iter_mut().filter(|c| !c.is_ascii()).for_each(|c| *c = b'~');
     let view = String::from_utf8_lossy(&text).into_owned();
@@ -497,8 +503,9 @@ mod tests {
     fn what_only_test_monitors_have_does_not_count() {
         let source = "fn a() -> bool {\n    left_out!(A => return true);\n    crate::left_out!(B => if c { return d(1); });\n    \
             left_out!(C => {\n        e();\n    });\n    x() && !left_out!(D)\n}\n\
-            #[cfg(feature = \"leave-out\")]\nfn f() -> R<(), E> {\n}\n#[cfg(feature = \"leave-out\")]\nlet a = if b { c } else {\n    d\n};\n#[cfg(feature = \"loom\")]\nuse a::{b, c};\n#[cfg(feature = \"other-one\")]\nfn g() {}\n";
-        assert_eq!(count_rust(source).rust, 5);
+            #[cfg(feature = \"leave-out\")]\nfn f() -> R<(), E> {\n}\n#[cfg(feature = \"leave-out\")]\nlet a = if b { c } else {\n    d\n};\n#[cfg(feature = \"loom\")]\nuse a::{b, c};\n#[cfg(feature = \"other-one\")]\nfn g() {}\n\
+            #[cfg_attr(any(test, feature = \"fake\"), derive(Clone))]\nstruct S;\n";
+        assert_eq!(count_rust(source).rust, 6);
     }
 
     #[test]

@@ -4,11 +4,11 @@
 use havmsi_abi::PAGE_SIZE;
 
 /// A physical address in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Pa(pub u64);
 
 /// An intermediate physical address (what a guest takes for physical) in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Ipa(pub u64);
 
 impl Pa {

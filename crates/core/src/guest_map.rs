@@ -15,7 +15,7 @@ use crate::vm::{Machine, give_to_host};
 
 /// Spare table pages, zeroed and owned as [`Owner::Table`], as a list that runs
 /// through their first words.
-#[derive(Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub(crate) struct Pool {
     pub(crate) head: Option<Pa>,
     pub(crate) len: u64,
@@ -39,7 +39,7 @@ impl Pool {
 }
 
 /// The stage-2 of one VM.
-#[derive(Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct GuestMap {
     slot: VmSlot,
     pub(crate) root: Pa,

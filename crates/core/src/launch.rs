@@ -22,7 +22,7 @@ use crate::ram::Range;
 pub type Digest = [u8; 32];
 
 /// Where a vCPU starts.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Boot {
     /// Entry point, an IPA (the MMU is off).
     pub pc: u64,
@@ -31,7 +31,7 @@ pub struct Boot {
 }
 
 /// The configuration of a VM.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Config {
     /// Bits of the guest's physical address space.
     pub ipa_bits: u64,
@@ -98,6 +98,25 @@ impl Launch {
         }
         hash.update(self.pages.clone().unwrap_or_default().finalize());
         hash.finalize().into()
+    }
+}
+
+#[cfg(any(test, feature = "fake"))]
+impl PartialEq for Launch {
+    fn eq(&self, other: &Self) -> bool {
+        let digest = |launch: &Self| launch.pages.clone().map(Sha256::finalize);
+        self.next == other.next && digest(self) == digest(other)
+    }
+}
+
+#[cfg(any(test, feature = "fake"))]
+impl Eq for Launch {}
+
+#[cfg(any(test, feature = "fake"))]
+impl core::hash::Hash for Launch {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        self.next.hash(state);
+        self.pages.clone().map(Sha256::finalize).hash(state);
     }
 }
 

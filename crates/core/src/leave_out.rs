@@ -32,6 +32,8 @@ macro_rules! checks {
 checks! {
     /// a page is claimed whoever owns it
     Owner,
+    /// whose page it is is looked at when it was taken already
+    OwnerLate,
     /// what comes in from the host keeps its content
     ScrubIn,
     /// what goes back to the host keeps its content
@@ -138,6 +140,25 @@ static LEFT_OUT: AtomicUsize = AtomicUsize::new(0);
 /// From now on this check is left out.
 pub fn leave_out(check: Check) {
     LEFT_OUT.store(check as usize + 1, Ordering::Relaxed);
+}
+
+/// What happens between a look and the act, where a test monitor takes two steps
+/// for what is one: the model's other CPUs ([`on_pause`]), or a while.
+pub(crate) fn pause() {
+    #[cfg(any(test, feature = "fake"))]
+    if let Some(hook) = HOOK.get() {
+        return hook();
+    }
+    (0..100_000).for_each(|_| core::hint::spin_loop());
+}
+
+#[cfg(any(test, feature = "fake"))]
+static HOOK: std::sync::OnceLock<fn()> = std::sync::OnceLock::new();
+
+/// From now on this is called there; the first one stays.
+#[cfg(any(test, feature = "fake"))]
+pub fn on_pause(hook: fn()) {
+    HOOK.get_or_init(|| hook);
 }
 
 /// Whether it is this check that is left out.

@@ -32,7 +32,7 @@ use crate::hw::Hardware;
 use crate::ram::Ram;
 
 /// The slot of a VM; its VMID is one more.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct VmSlot(pub u8);
 
 impl VmSlot {
@@ -243,9 +243,15 @@ impl<'a> Pages<'a> {
         if record.load(Ordering::Relaxed) != owner.encode() {
             return Err(Error::Denied);
         }
-        (0..100_000).for_each(|_| core::hint::spin_loop());
+        crate::leave_out::pause();
         record.store(MOVING, Ordering::Relaxed);
         Ok(Page { pa, was: owner, state: PhantomData })
+    }
+
+    /// A token for a page that nobody has looked at.
+    #[cfg(feature = "leave-out")]
+    pub(crate) fn not_claimed(pa: Pa) -> Page<Claimed> {
+        Page { pa, was: Owner::Host, state: PhantomData }
     }
 
     /// Gives a claimed page back to the owner it was taken from; nothing has happened.

@@ -69,7 +69,7 @@ impl Error {
 }
 
 /// State of a CPU or vCPU (DEN 0022F 6.6).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Power {
     /// Off.
     Off,

@@ -9,7 +9,7 @@ use crate::addr::{Pa, index};
 pub const MAX_BANKS: usize = 2;
 
 /// A run of bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Range {
     /// First byte.
     pub base: u64,

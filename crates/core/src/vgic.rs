@@ -114,7 +114,7 @@ impl Sgi {
 /// merges stays here. The count ends at 255: with 64 vCPUs no more than 64 sends
 /// are on the way at once, and 9 (a sender's bit each, and a list register) wait
 /// at the host.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct SentSgis([u8; 16]);
 
 impl SentSgis {

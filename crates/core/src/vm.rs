@@ -49,7 +49,7 @@ pub(crate) fn give_to_host(m: &impl Machine, page: Page<Clean>) {
 const MAX_GUARDS: usize = 64;
 
 /// What a VM can do.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Phase {
     Free,
     Open,
@@ -58,7 +58,7 @@ enum Phase {
     Destroying,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Vcpu {
     /// No `Option` around it: `None` would not be all zeros, and the table of
     /// VMs so large a part of the image.
@@ -104,6 +104,7 @@ pub struct Run {
 }
 
 /// One VM.
+#[cfg_attr(any(test, feature = "fake"), derive(Clone, PartialEq, Eq, Hash, Debug))]
 pub struct Vm {
     phase: Phase,
     pub(crate) slot: VmSlot,
@@ -336,12 +337,20 @@ impl Vm {
         if !self.is_ram(ipa) && !left_out!(DeclaredRam) {
             return Err(Error::Denied.into());
         }
+        left_out!(OwnerLate => return self.take_late(m, pa));
         let page = m.pages().claim(pa, Owner::Host)?;
         if let Err(error) = self.map.check(m.hw(), ipa) {
             m.pages().unclaim(page);
             return Err(error);
         }
         Ok(m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?)
+    }
+
+    #[cfg(feature = "leave-out")]
+    fn take_late(&self, m: &impl Machine, pa: Pa) -> Result<Page<Isolated>, MapError> {
+        let page = Pages::not_claimed(pa);
+        let hidden = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
+        Ok(m.pages().claim(hidden.pa(), Owner::Host)?.isolated())
     }
 
     /// Donates a page of the launch image and measures it. `buffer` is scratch.
