@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use havmsi_abi::Error;
-use havmsi_core::addr::{Ipa, Pa, index};
+use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::fake::{self, UART, host_page, root};
 use havmsi_core::guest_map::MapError;
 use havmsi_core::host_map::{HostMap, Resolution};
