@@ -326,6 +326,8 @@ struct Run {
     next: Option<Stop>,
     map_freed: bool,
     read: Vec<u64>,
+    /// The page that is being measured: what is read there is no table's.
+    measured: Option<Pa>,
 }
 
 /// Unwinds a call to where it was taken up.
@@ -491,6 +493,7 @@ impl Bench {
             next: None,
             map_freed: false,
             read: Vec::new(),
+            measured: None,
         }));
         self.map_held.set(false);
         let mut vm = Box::new(vm.clone());
@@ -590,6 +593,7 @@ impl Hardware for Bench {
     fn read_entry(&self, table: Pa, index: usize) -> u64 {
         if let Some(run) = self.run.borrow_mut().as_mut()
             && run.live
+            && run.measured != Some(table)
             && run.read.last() != Some(&table.0)
         {
             run.read.push(table.0);
@@ -608,6 +612,9 @@ impl Hardware for Bench {
 
     fn flush_page(&self, page: Pa) {
         self.stop(Stop::Copy(page));
+        if let Some(run) = self.run.borrow_mut().as_mut() {
+            run.measured = Some(page);
+        }
     }
 
     fn invalidate_icache(&self) {

@@ -117,7 +117,10 @@ impl<'a> World<'a> {
             match event {
                 Event::Write(..) | Event::InvalidateIcache => {}
                 Event::Zero(_) => cost.wiped += 1,
-                Event::Copy(_) => cost.copied += 1,
+                // Its words are read one by one, but are no table entries.
+                Event::Flush(_) => {
+                    (cost.copied, cost.entries) = (cost.copied + 1, cost.entries - 512)
+                }
                 Event::InvalidateHost(_) => cost.host_tlb += 1,
                 Event::InvalidateDevices(_) => cost.smmu += 1,
                 Event::InvalidateGuest(..) | Event::InvalidateGuestAll(_) => cost.guest_tlb += 1,
