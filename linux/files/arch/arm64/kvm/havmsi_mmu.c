@@ -338,7 +338,7 @@ static bool pinned_by_others(struct havmsi_vm *hv, gfn_t gfn, struct page *page,
 		return (unsigned int)folio_ref_count(folio) >=
 		       2 * GUP_PIN_COUNTING_BIAS;
 
-	first = gfn - min(gfn, folio_page_idx(folio, page));
+	first = gfn - min_t(gfn_t, gfn, folio_page_idx(folio, page));
 	xa_for_each_range(&hv->pages, i, other, first,
 			  first + folio_nr_pages(folio) - 1)
 		own += page_folio(other) == folio;
