@@ -133,6 +133,7 @@ mod tests {
             (7, 2, 40, "FWB"),
         ] {
             assert_eq!(field(crm, op2, ones, shift), 0, "{name}");
+            assert_eq!(field(crm, op2, u64::MAX, shift), 0, "{name}");
         }
         for (crm, op2) in [(4, 2), (4, 4), (4, 5), (4, 7), (5, 1), (6, 3), (7, 3), (7, 4)] {
             for world in WORLDS {
@@ -150,6 +151,31 @@ mod tests {
         assert_eq!(host(7, 0, 0x0000_1124), 0x0000_1124);
         assert_eq!(host(5, 0, 0x1030_5106), 0x1030_5006);
         assert_eq!(visible(4, 0, 0x0100_2222, World::Guest), 0x0100_0011);
+    }
+
+    /// For each register that is shown, a field of it, and one that has a limit.
+    #[test]
+    fn what_needs_nothing_is_shown() {
+        let ones = 0x1111_1111_1111_1111;
+        for (crm, op2, shown) in [
+            (4, 0, 0x1101_0000_0111_0011),
+            (4, 1, 0x0000_0000_0000_0011),
+            (5, 0, 0x0000_0010_1010_1001),
+            (6, 0, 0x1111_1111_1011_1110),
+            (6, 1, 0x0011_1111_0011_1001),
+            (6, 2, 0x0011_0100_1010_0010),
+            (7, 0, 0x0000_0000_1111_1111),
+            (7, 1, 0x1001_1010_0110_1001),
+            (7, 2, 0x1011_0011_1011_0111),
+            (1, 0, 0x0000_0000_0101_1111),
+            (1, 2, 0x0000_0000_0010_0011),
+            (2, 3, ones),
+        ] {
+            assert_eq!(visible(crm, op2, ones, World::Host), shown, "CRm {crm}, op2 {op2}");
+        }
+        for (crm, op2, shown) in [(6, 1, 0x0011_1111_0011_1001), (7, 2, 0x1011_0011_1011_0111)] {
+            assert_eq!(visible(crm, op2, ones, World::Guest), shown);
+        }
     }
 
     #[test]

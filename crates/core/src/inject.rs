@@ -106,6 +106,18 @@ mod tests {
         assert_eq!(synchronous(0b10000, 0, u64::MAX).pc, 0xffff_ffff_ffff_fe00);
     }
 
+    /// Against the numbers of the manual (SPSR_EL1, SCTLR_EL1, ESR_EL1).
+    #[test]
+    fn bits_are_where_the_manual_has_them() {
+        let (span, dssbs) = (1 << 23, 1 << 44);
+        assert_eq!(synchronous(0, 0, VBAR).pstate, 0x3c5 | 1 << 22);
+        assert_eq!(synchronous(0, span | dssbs, VBAR).pstate, 0x3c5 | 1 << 12);
+        let kept = 0xf << 28 | 1 << 24 | 1 << 22;
+        assert_eq!(synchronous(!0x1f, span, VBAR).pstate, 0x3c5 | kept);
+        assert_eq!(spsr::STEP, 1 << 21 | 1 << 11 | 1 << 10);
+        assert_eq!(undefined(), 1 << 25);
+    }
+
     #[test]
     fn pstate_is_what_the_architecture_makes_it() {
         let span = SCTLR_SPAN;

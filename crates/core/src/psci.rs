@@ -175,7 +175,17 @@ mod tests {
         assert_eq!(features(0x8400_000e), no);
         assert_eq!(discovery(id::SMCCC_ARCH_FEATURES, 0x8000_8000), Some(no));
         assert_eq!(discovery(id::CPU_ON, 0), None);
-        assert_eq!(Error::AlreadyOn.code(), u64::MAX - 3);
+        let codes = [
+            (Error::NotSupported, -1_i64),
+            (Error::InvalidParameters, -2),
+            (Error::AlreadyOn, -4),
+            (Error::OnPending, -5),
+            (Error::InternalFailure, -6),
+            (Error::InvalidAddress, -9),
+        ];
+        for (error, code) in codes {
+            assert_eq!(error.code(), code.cast_unsigned());
+        }
     }
 
     #[test]

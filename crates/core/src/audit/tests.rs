@@ -112,6 +112,15 @@ fn the_hosts_map_is_checked_leaf_by_leaf() {
     let block = Entry::block(Pa(0), Attributes::Memory);
     let all = with_word(|m, _| (m.with_host_map(|map| map.root()), 0, block.0));
     assert_eq!(all, Violation::HostOwner(Ipa(0)));
+    // A block of the host's over the second page, which is a VM's.
+    let first = host_page(0);
+    let block = Entry::block(first, Attributes::Memory);
+    let over = with_word(|m, _| {
+        let root = m.with_host_map(|map| map.root());
+        let level2 = Entry(m.hw.peek(root, level1_index(at(first)))).address();
+        (level2, level2_index(at(first)), block.0)
+    });
+    assert_eq!(over, Violation::HostOwner(Ipa(first.0 + 0x1000)));
     let block = Entry::block(Pa(2 << 30), Attributes::Memory);
     let other = with_word(|m, _| (m.with_host_map(|map| map.root()), 3, block.0));
     assert_eq!(other, Violation::HostLeaf(Ipa(3 << 30), block));
@@ -327,6 +336,7 @@ fn ranges_of_ram_are_apart_and_whole() {
         range(RAM - 0x1000, 0x2000),
         range(0x1000, 0x800),
         range(0x800, 0x1000),
+        range(0x800, 0x1800),
         range(1 << 32, 0x1000),
         range((1 << 32) - 0x1000, 0x2000),
     ] {
@@ -366,6 +376,7 @@ fn at_rest_no_vcpu_runs_and_each_has_its_context() {
     let context = Err(Violation::Context(70));
     assert_eq!(audit(&[(SLOT, &vm)], 0), context);
     assert_eq!(audit(&[], 1 << 6), context);
+    assert_eq!(audit(&[(SLOT, &vm)], 1 << 6 | 1 << 8), Err(Violation::Context(72)));
     assert_eq!(audit(&[(SLOT, &vm), (SLOT, &vm)], 1 << 6), context);
     vm.enter(0).unwrap();
     let running = Err(Violation::Running(SLOT));

@@ -52,6 +52,13 @@ const fn msr(register: u32, rt: u64, read: bool) -> u64 {
     ec::SYSREG << 26 | IL | iss
 }
 
+/// ESR_ELx of an abort (Arm ARM D24.2.40), as far as others use it.
+#[test]
+fn bits_of_an_abort_are_where_the_manual_has_them() {
+    assert_eq!((IL, FNV, CM, S1PTW, WNR), (1 << 25, 1 << 10, 1 << 8, 1 << 7, 1 << 6));
+    assert_eq!((FSC_TYPE, FSC_PERMISSION), (0b11_1100, 0b00_1100));
+}
+
 #[test]
 fn a_wait_shows_only_which_it_is() {
     let exit = |esr| Exit { class: ExitClass::Wfx, esr, mode: 1, ..Exit::default() };

@@ -101,6 +101,8 @@ fn pending_sgis_are_told_from_the_rest() {
     assert_eq!(pending_sgis(&list(&lrs), 5), 1 << 3 | 1 << 15);
     assert_eq!(pending_sgis(&list(&[PENDING | 5 << 10 | 2, PENDING | 0x23]), 2), 1 << 2);
     assert_eq!(pending_sgis(&list(&lrs), 0), 0);
+    // Twice is once, whoever lets it come to that.
+    assert_eq!(pending_sgis(&list(&[PENDING | 3, PENDING | 3]), 2), 1 << 3);
 }
 
 #[test]

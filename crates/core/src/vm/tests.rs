@@ -486,6 +486,7 @@ fn pages_come_back_wiped() {
     assert_eq!(bad(RAM, u64::MAX), Error::Invalid);
     assert_eq!(bad(RAM + 8, 1), Error::Invalid);
     assert_eq!(bad((1 << 33) - 0x1000, 2), Error::Invalid);
+    assert_eq!(bad((1 << 33) - 0x2000, 3), Error::Invalid);
     assert_eq!(bad(u64::MAX - 0xfff, 1), Error::Invalid);
     vm.unmap_pages(&m, RAM, 0).unwrap();
     assert_eq!(guest_page(&m, &vm, RAM), Some(a));
@@ -727,7 +728,11 @@ fn a_reset_returns_every_page_and_opens_the_launch() {
     vm.populate(&m, RAM + 0x1000, host_page(MEM).0, &mut [0; 4096]).unwrap();
     assert_eq!(vm.activate(&m), Ok(digest));
     vm.cpu_on(0, 0x101, BOOT).unwrap();
-    assert_eq!(vm.enter(0).unwrap().start, Some(BOOT));
+    // Each vCPU has the context and run page that it had.
+    for (idx, context, page) in [(0, 5, RUN), (17, 6, RUN + 1)] {
+        let run = vm.enter(idx).unwrap();
+        assert_eq!((run.start, run.context, run.run_page), (Some(BOOT), context, host_page(page)));
+    }
     check(&m, core::iter::once(&vm));
 }
 
