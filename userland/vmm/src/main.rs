@@ -6,8 +6,8 @@
 //! `@vmm {"event":"check","id":...,"result":"exposed"|"protected"|"error","evidence":...}`;
 //! `havmsi-vmm alive` only runs a guest: exit status 0 if all is well with it.
 //!
-//! `havmsi-vmm bench GIC [NAME...]` measures operations instead, and prints a line
-//! `@vmm {"event":"bench","operation":...,"ticks":[...]}` for each.
+//! `havmsi-vmm bench GIC plain|protected NAME` measures an operation instead, and prints a line
+//! `@vmm {"event":"bench","operation":...,"ticks":[...]}`.
 
 mod attacks;
 mod bench;
