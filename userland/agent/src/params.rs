@@ -21,9 +21,20 @@ pub struct Params {
     pub protected: bool,
 }
 
-const JOBS: [&str; 12] = [
-    "run", "attack", "smp4", "reboot", "rounds", "hotplug", "io", "memlock", "nokvm", "boot",
-    "shell", "bench",
+const JOBS: [&str; 13] = [
+    "run",
+    "attack",
+    "smp4",
+    "reboot",
+    "rounds",
+    "hotplug",
+    "io",
+    "memlock",
+    "nokvm",
+    "boot",
+    "shell",
+    "bench",
+    "applications",
 ];
 
 impl Params {

@@ -8,7 +8,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::quick::{self, place};
-use super::report::{Report, Row, Three, table};
+use super::report::{Report, Row, Three, not_on_pkvm, table};
+use super::{applications, scaling};
 use crate::{Ctx, sh, ui};
 
 /// Between these lines of the README everything is generated.
@@ -146,16 +147,10 @@ fn text(report: &Report) -> String {
     if let Some(why) = &report.pkvm_left_out {
         text.push_str(&format!("pKVM is left out: {why}.\n\n"));
     } else {
-        let mut lines: Vec<String> = Vec::new();
-        for row in report.rows.iter().filter(|r| r.gic == 3) {
-            if let Some(why) = &row.pkvm_why {
-                lines.push(format!("- `{}` on pKVM: {why}\n", row.operation));
-            }
+        for why in not_on_pkvm(report) {
+            text.push_str(&format!("- {why}\n"));
         }
-        if report.rows.iter().any(|r| r.gic == 2) {
-            lines.push("- GICv2: pKVM refuses to start (it needs a GICv3)\n".to_owned());
-        }
-        text.push_str(&(lines.concat() + "\n"));
+        text.push('\n');
     }
     text.push_str(&format!(
         "The same with each transition more than KVM's charged with {CYCLES:.0} cycles, an upper bound for a Cortex-A57 \
@@ -174,6 +169,14 @@ fn text(report: &Report) -> String {
         ));
     }
     text.push('\n');
+    if !report.applications.is_empty() {
+        text.push_str("A Linux guest under QEMU, on a GICv3:\n\n");
+        text.push_str(&(applications::table(&report.applications) + "\n"));
+    }
+    if !report.scaling.is_empty() {
+        text.push_str("How costs grow, on a GICv3:\n\n");
+        text.push_str(&(scaling::table(&report.scaling) + "\n"));
+    }
     for plot in PLOTS {
         text.push_str(&format!("![{}]({})\n\n", plot.title, plot.file));
     }

@@ -76,7 +76,7 @@ pub fn compare(old: &Report, new: &Report) -> Vec<String> {
 pub fn row(ctx: &Ctx) -> Result<String> {
     let old = committed(ctx)?;
     let all: Vec<usize> = (0..OPERATIONS.len()).collect();
-    let (new, mut problems) = super::execute(ctx, &all, &[3, 2], false)?;
+    let (new, mut problems) = super::execute(ctx, &all, &[3, 2], false, false)?;
     problems.extend(compare(&old, &new));
     if !problems.is_empty() {
         anyhow::bail!("{}", problems.join("\n"));
