@@ -18,11 +18,24 @@ pub struct Params {
     pub machine: String,
     pub thp: String,
     pub operations: String,
+    pub protected: bool,
 }
 
-const JOBS: [&str; 13] = [
-    "run", "attack", "smp4", "reboot", "rounds", "hotplug", "io", "devices", "memlock", "nokvm",
-    "boot", "shell", "bench",
+const JOBS: [&str; 14] = [
+    "run",
+    "attack",
+    "smp4",
+    "reboot",
+    "rounds",
+    "hotplug",
+    "io",
+    "devices",
+    "memlock",
+    "nokvm",
+    "boot",
+    "shell",
+    "bench",
+    "applications",
 ];
 
 impl Params {
@@ -47,6 +60,7 @@ impl Params {
             machine: word("machine", ""),
             thp: word("thp", "never"),
             operations: word("operations", ""),
+            protected: number(line, "protected", 0, 0, 1)? == 1,
         };
         if params.mib + 48 > params.gmem {
             return Err(format!(
