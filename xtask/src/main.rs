@@ -101,7 +101,7 @@ enum Verb {
     },
     /// Remove what was built
     Clean {
-        /// Also empty the cache folder (kernel, images, downloads)
+        /// Also empty the cache folder (kernel, images, downloads, and whatever else is in it)
         #[arg(long)]
         cache: bool,
     },
