@@ -265,6 +265,10 @@ fn correct_tree(ram: &mut [u8]) -> Result<()> {
 
 /// Computes the digest of a guest.
 pub fn compute(ctx: &Ctx, args: &Args) -> Result<String> {
+    // Found out now rather than after a kernel was built.
+    for path in args.kernel.iter().chain(&args.initrd) {
+        fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    }
     setup::ensure(ctx, &[Need::Qemu])?;
     let (kernel, initrd) = match (&args.kernel, &args.initrd) {
         (Some(k), Some(i)) => (k.clone(), i.clone()),

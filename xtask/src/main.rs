@@ -42,7 +42,8 @@ use clap::{Parser, Subcommand};
 /// Every verb first makes sure that the machine has what it needs: it lists what is missing
 /// and installs it (Debian packages as root or through sudo, Rust targets through rustup).
 /// What is slow to build is kept in a cache folder: $HAVMSI_CACHE, else
-/// $XDG_CACHE_HOME/havmsi, else ~/.cache/havmsi.
+/// $XDG_CACHE_HOME/havmsi, else ~/.cache/havmsi. $HAVMSI_QEMU names another QEMU,
+/// $HAVMSI_KERNEL_DIR the folder of a kernel that is built already, which is then used as it is.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
 struct Cli {
@@ -106,7 +107,7 @@ enum Verb {
     },
     /// Remove what was built
     Clean {
-        /// Also empty the cache folder (kernel, images, downloads)
+        /// Also empty the cache folder (kernel, images, downloads, and whatever else is in it)
         #[arg(long)]
         cache: bool,
     },

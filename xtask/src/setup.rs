@@ -79,7 +79,12 @@ pub fn qemu() -> PathBuf {
 pub fn qemu_version() -> Result<String> {
     let program = qemu();
     let text = sh::output(Command::new(&program).arg("--version")).with_context(|| {
-        format!("{} can't be run: `cargo xtask setup` installs it", program.display())
+        let way_out = if std::env::var_os("HAVMSI_QEMU").is_some() {
+            "HAVMSI_QEMU names it; without that, `cargo xtask setup` installs one"
+        } else {
+            "`cargo xtask setup` installs it"
+        };
+        format!("{} can't be run: {way_out}", program.display())
     })?;
     let line = text.lines().next().unwrap_or_default().to_owned();
     check_qemu_version(&line)?;
@@ -123,7 +128,8 @@ impl Missing {
     fn find(needs: &[Need]) -> Result<Self> {
         let mut missing = Self::default();
         if needs.contains(&Need::Targets) {
-            let sysroot = sh::output(Command::new("rustc").args(["--print", "sysroot"]))?;
+            let sysroot = sh::output(Command::new("rustc").args(["--print", "sysroot"]))
+                .context("no Rust compiler in PATH: install rustup (https://rustup.rs)")?;
             for target in TARGETS {
                 if !PathBuf::from(sysroot.trim())
                     .join("lib/rustlib")

@@ -106,9 +106,14 @@ fn run_told(
     tell: impl FnOnce(i32),
 ) -> Result<()> {
     if let Some(parent) = log.parent() {
-        fs::create_dir_all(parent)?;
+        fs::create_dir_all(parent)
+            .with_context(|| format!("cannot create the log folder {}", parent.display()))?;
     }
-    let mut file = OpenOptions::new().create(true).append(true).open(log)?;
+    let mut file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log)
+        .with_context(|| format!("cannot write {}", log.display()))?;
     writeln!(file, "$ {}", display(command))?;
     let (reader, writer) = std::io::pipe()?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
