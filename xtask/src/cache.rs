@@ -85,6 +85,9 @@ pub fn files_below(root: &Path) -> Result<Vec<PathBuf>> {
 const KINDS: [&str; 7] =
     ["linux-source", "kernel", "module", "arm64-root", "image", "pkvm-source", "pkvm-kernel"];
 
+/// What else is in the cache folder, but for the locks.
+const OTHERS: [&str; 3] = ["tmp", "ccache", "hashes.json"];
+
 /// The cache folder.
 #[derive(Debug, Clone)]
 pub struct Cache {
@@ -236,7 +239,9 @@ impl Cache {
         let locks: Vec<File> = KINDS.iter().map(|n| self.lock(n)).collect::<Result<_>>()?;
         for entry in fs::read_dir(&self.dir)? {
             let path = entry?.path();
-            if path.ends_with("locks") {
+            // What else lies there is not ours: HAVMSI_CACHE may name any folder.
+            let ours = |name: &str| KINDS.contains(&name) || OTHERS.contains(&name);
+            if !path.file_name().and_then(|name| name.to_str()).is_some_and(ours) {
                 continue;
             }
             for file in files_below(&path).unwrap_or_default() {
@@ -260,6 +265,22 @@ mod tests {
             std::env::temp_dir().join(format!("havmsi-cache-test-{name}-{}", std::process::id()));
         fs::create_dir_all(dir.join("locks")).unwrap();
         Cache { dir }
+    }
+
+    #[test]
+    fn cleaning_spares_what_is_not_ours() {
+        let cache = scratch("clean");
+        for name in ["kernel/a", "tmp/b", "photos/c"] {
+            fs::create_dir_all(cache.dir.join(name)).unwrap();
+            fs::write(cache.dir.join(name).join("file"), "x").unwrap();
+        }
+        fs::write(cache.dir.join("letter"), "x").unwrap();
+        assert!(cache.clean().unwrap() > 0);
+        let mut left: Vec<_> =
+            fs::read_dir(&cache.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["letter", "locks", "photos"]);
+        fs::remove_dir_all(&cache.dir).unwrap();
     }
 
     #[test]
