@@ -107,7 +107,7 @@ enum Verb {
     },
     /// Remove what was built
     Clean {
-        /// Also empty the cache folder (kernel, images, downloads, and whatever else is in it)
+        /// Also empty the cache folder (kernel, images, downloads)
         #[arg(long)]
         cache: bool,
     },
