@@ -154,17 +154,23 @@ fn has_suite(source: &Source, suite: &str) -> bool {
     source.suites.iter().any(|s| s == suite) && source.components.iter().any(|c| c == "main")
 }
 
+/// Entries for other suites, one each, derived from the release's own entry.
+pub fn entry_for(sources: &[Source], codename: &str, suites: &[&str]) -> Result<String> {
+    let base = sources.iter().find(|s| has_suite(s, codename)).with_context(|| {
+        format!("no package source with suite `{codename}` and component `main` in /etc/apt: add one, then `cargo xtask setup`")
+    })?;
+    let base = Source { components: vec!["main".to_owned()], ..base.clone() };
+    let entries = suites.iter().map(|suite| base.deb822(&[(*suite).to_owned()]));
+    Ok(entries.collect::<Vec<_>>().join("\n"))
+}
+
 /// What to write for the backports suite, derived from the release's own entry; `None` if it is configured already.
 pub fn backports_entry(sources: &[Source], codename: &str) -> Result<Option<String>> {
     let suite = new_suite(codename);
     if suite == codename || sources.iter().any(|s| has_suite(s, &suite)) {
         return Ok(None);
     }
-    let base = sources.iter().find(|s| has_suite(s, codename)).with_context(|| {
-        format!("no package source with suite `{codename}` and component `main` in /etc/apt: add one, then `cargo xtask setup`")
-    })?;
-    let base = Source { components: vec!["main".to_owned()], ..base.clone() };
-    Ok(Some(base.deb822(&[suite])))
+    entry_for(sources, codename, &[&suite]).map(Some)
 }
 
 /// Sources for a separate apt of another architecture: the release and its backports.

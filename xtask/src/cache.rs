@@ -81,6 +81,10 @@ pub fn files_below(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// Kinds of entries, each with a lock.
+const KINDS: [&str; 7] =
+    ["linux-source", "kernel", "module", "arm64-root", "image", "pkvm-source", "pkvm-kernel"];
+
 /// The cache folder.
 #[derive(Debug, Clone)]
 pub struct Cache {
@@ -229,10 +233,7 @@ impl Cache {
     /// Empties the cache; returns the number of bytes that were freed.
     pub fn clean(&self) -> Result<u64> {
         let mut bytes = 0;
-        let locks: Vec<File> = ["linux-source", "kernel", "module", "arm64-root", "image"]
-            .iter()
-            .map(|n| self.lock(n))
-            .collect::<Result<_>>()?;
+        let locks: Vec<File> = KINDS.iter().map(|n| self.lock(n)).collect::<Result<_>>()?;
         for entry in fs::read_dir(&self.dir)? {
             let path = entry?.path();
             if path.ends_with("locks") {

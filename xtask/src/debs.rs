@@ -43,19 +43,29 @@ pub fn arm64_root(ctx: &Ctx) -> Result<PathBuf> {
     })
 }
 
-/// An `apt-get` with a folder of its own.
-fn apt_get(work: &Path) -> Command {
-    let mut command = Command::new("apt-get");
+/// The emulated host's architecture.
+const ARM64: &str = "arm64";
+
+/// A program of apt's with a folder of its own, for an architecture other than this machine's.
+pub fn apt(program: &str, work: &Path, architecture: Option<&str>) -> Command {
+    let mut command = Command::new(program);
     let option = |name: &str, path: &str| format!("{name}={}", work.join(path).display());
-    command.args([
-        "-q",
-        "-o",
-        "APT::Architecture=arm64",
-        "-o",
-        "APT::Architectures::=arm64",
-        "-o",
+    if program == "apt-get" {
+        command.arg("-q");
+    }
+    if let Some(name) = architecture {
+        for option in ["APT::Architecture", "APT::Architectures::"] {
+            command.args(["-o", &format!("{option}={name}")]);
+        }
+    }
+    for o in [
         "APT::Sandbox::User=",
-    ]);
+        // Lists that only people look at.
+        "Acquire::Languages=none",
+        "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
+    ] {
+        command.args(["-o", o]);
+    }
     for o in [
         option("Dir::State", "state"),
         option("Dir::State::status", "state/status"),
@@ -70,21 +80,23 @@ fn apt_get(work: &Path) -> Command {
     command
 }
 
-fn download(ctx: &Ctx, work: &Path, codename: &str) -> Result<Vec<PathBuf>> {
+/// That folder, with these package sources.
+pub fn prepare(work: &Path, sources: &str) -> Result<()> {
     for d in ["state/lists/partial", "cache/archives/partial", "sources", "none.d"] {
         fs::create_dir_all(work.join(d))?;
     }
     fs::write(work.join("state/status"), "")?;
-    fs::write(
-        work.join("sources/debian.sources"),
-        apt::foreign_sources(&apt::machine_sources()?, codename)?,
-    )?;
+    Ok(fs::write(work.join("sources/debian.sources"), sources)?)
+}
+
+fn download(ctx: &Ctx, work: &Path, codename: &str) -> Result<Vec<PathBuf>> {
+    prepare(work, &apt::foreign_sources(&apt::machine_sources()?, codename)?)?;
     let log = ctx.log("arm64-root.log");
-    sh::run(apt_get(work).arg("update"), &log).context(
+    sh::run(apt("apt-get", work, Some(ARM64)).arg("update"), &log).context(
         "cannot read the package lists for arm64 (network? does your mirror carry arm64?)",
     )?;
     let suite = apt::new_suite(codename);
-    let mut install = apt_get(work);
+    let mut install = apt("apt-get", work, Some(ARM64));
     install
         .args(["install", "-y", "--download-only", "--no-install-recommends", "-t", &suite])
         .args(WANTED);

@@ -2,6 +2,8 @@
 //! The kernel: Debian's source + our series + our configuration, one image for host,
 //! control host and guest; and the attacker module that is built against it.
 
+pub mod pkvm;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -124,19 +126,24 @@ fn apply(ctx: &Ctx, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn configure(ctx: &Ctx, dir: &Path) -> Result<()> {
+/// Configures a source tree; the options that it does not take.
+fn configure(ctx: &Ctx, dir: &Path, all: &str, log: &Path) -> Result<Vec<String>> {
+    let file = dir.join("havmsi-all.config");
+    sh::write(&file, all)?;
+    sh::run(make(ctx, dir).arg("allnoconfig").env("KCONFIG_ALLCONFIG", &file), log)?;
+    let config = fs::read_to_string(dir.join(".config"))?;
+    let have: std::collections::HashSet<&str> = config.lines().collect();
+    let lost = all.lines().filter(|l| l.starts_with("CONFIG_") && !have.contains(l));
+    Ok(lost.map(str::to_owned).collect())
+}
+
+/// Configures our kernel.
+fn configure_ours(ctx: &Ctx, dir: &Path, log: &Path) -> Result<()> {
     let mut all = String::new();
     for fragment in fragments(ctx)? {
         all.push_str(&fs::read_to_string(&fragment)?);
     }
-    let file = dir.join("havmsi-all.config");
-    sh::write(&file, &all)?;
-    let log = ctx.log("kernel.log");
-    sh::run(make(ctx, dir).arg("allnoconfig").env("KCONFIG_ALLCONFIG", &file), &log)?;
-    let config = fs::read_to_string(dir.join(".config"))?;
-    let have: std::collections::HashSet<&str> = config.lines().collect();
-    let lost: Vec<&str> =
-        all.lines().filter(|l| l.starts_with("CONFIG_") && !have.contains(l)).collect();
+    let lost = configure(ctx, dir, &all, log)?;
     if !lost.is_empty() {
         bail!(
             "the kernel does not take these options of linux/config (renamed, or something they depend on is off):\n  {}",
@@ -184,7 +191,7 @@ pub fn build(ctx: &Ctx) -> Result<Kernel> {
         sh::run(Command::new("cp").args(["-al", "--"]).arg(&source).arg(dir), &log)?;
         fs::remove_file(dir.join("INPUTS"))?;
         apply(ctx, dir)?;
-        configure(ctx, dir)?;
+        configure_ours(ctx, dir, &log)?;
         step.done();
         let step = ui::Step::new("kernel: compile", Some(OBJECTS));
         sh::run_lines(make(ctx, dir).arg(jobs()).args(["Image", "modules"]), &log, |line| {

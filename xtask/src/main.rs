@@ -68,6 +68,9 @@ enum Verb {
         /// Only count the lines that the series touches
         #[arg(long)]
         stat: bool,
+        /// Build the one that `bench` compares with: Debian's newest Linux 7.x, for pKVM
+        #[arg(long, conflicts_with = "stat")]
+        pkvm: bool,
     },
     /// Write the C header for Linux from crates/abi
     Header,
@@ -236,7 +239,8 @@ fn real_main() -> Result<()> {
     match cli.verb {
         Verb::Setup { check } => setup::main(&ctx, check),
         Verb::Build => build::main(&ctx),
-        Verb::Kernel { stat } => kernel::main(&ctx, stat),
+        Verb::Kernel { pkvm: true, .. } => kernel::pkvm::main(&ctx),
+        Verb::Kernel { stat, .. } => kernel::main(&ctx, stat),
         Verb::Header => header(&ctx),
         Verb::Image => image::main(&ctx),
         Verb::Run(args) => run::main(&ctx, &args),
