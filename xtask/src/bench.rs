@@ -1,32 +1,35 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `bench` verb: what operations cost, in instructions, changes of exception level and system
-//! register accesses, of the same guest under plain KVM and under HA-VMSI.
+//! register accesses, of the same guest under plain KVM, under HA-VMSI and in a protected VM of pKVM's.
 //!
 //! QEMU runs with `-icount`: one tick of the counter is one instruction, so that the guest's own clock
 //! and the plugin count the same thing. `bench/README.md` tells more.
 
 pub mod counts;
+pub mod docs;
 pub mod profile;
+pub mod quick;
+pub mod report;
 pub mod symbols;
 
 use std::fs::{self, File};
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args as ClapArgs;
 use havmsi_operations::{OPERATIONS, Operation};
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::image::{self, Images};
 use crate::job::{self, Limits};
+use crate::kernel::pkvm::{self, Pkvm};
 use crate::machine::{Config, Kind, comma};
 use crate::run::{self, Cpu};
 use crate::ui::Step;
-use crate::{Ctx, build, setup, sh};
+use crate::{Ctx, build, setup, sh, ui};
 use counts::{Cost, Group};
+use report::{Report, Three};
 
 /// Options of `bench`.
 #[derive(Debug, Clone, ClapArgs)]
@@ -37,6 +40,15 @@ pub struct Args {
     /// Only with this interrupt controller
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=3))]
     pub gic: Option<u32>,
+    /// Without pKVM, whose kernel is another one
+    #[arg(long)]
+    pub no_pkvm: bool,
+    /// Fail if a count has risen by more than 5 % over the figures in docs/benchmarks (without pKVM)
+    #[arg(long, conflicts_with_all = ["only", "gic", "docs"])]
+    pub quick: bool,
+    /// Write the figures and what is made of them to docs/benchmarks
+    #[arg(long, conflicts_with_all = ["only", "gic", "no_pkvm"])]
+    pub docs: bool,
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -57,6 +69,8 @@ pub enum System {
     Kvm,
     /// Ours.
     Havmsi,
+    /// Protected VMs of Linux 7.x.
+    Pkvm,
 }
 
 impl System {
@@ -65,12 +79,13 @@ impl System {
         match self {
             Self::Kvm => "kvm",
             Self::Havmsi => "havmsi",
+            Self::Pkvm => "pkvm",
         }
     }
 
     fn kind(self) -> Kind {
         match self {
-            Self::Kvm => Kind::Control,
+            Self::Kvm | Self::Pkvm => Kind::Control,
             Self::Havmsi => Kind::Havmsi,
         }
     }
@@ -110,6 +125,8 @@ const CPUS: u32 = 2;
 const MEM_MIB: u64 = 2048;
 /// Counter ticks a second: one for each instruction with `-icount shift=0`.
 const FREQUENCY: u64 = 1_000_000_000;
+/// How QEMU counts.
+const ICOUNT: &str = "shift=0,sleep=off";
 /// By how many parts of 100 the guest's clock and the plugin may differ.
 const CLOCK_DIFFERS: f64 = 3.0;
 
@@ -141,19 +158,30 @@ impl Measured {
     }
 }
 
-/// Boots a machine and measures operations.
+/// What one machine gave.
+pub struct Machine {
+    /// The kernel's release.
+    pub kernel: String,
+    /// Each operation, or why it can't be.
+    pub operations: Vec<Result<Measured, String>>,
+}
+
+/// Boots a machine and measures operations. `kernel`: which, if not ours.
 pub fn measure(
     ctx: &Ctx,
     parts: &Parts,
-    system: System,
+    (system, kernel): (System, Option<&Path>),
     gic: u32,
     operations: &[usize],
-) -> Result<Vec<Measured>> {
+) -> Result<Machine> {
     let dir = ctx.log_dir.join(format!("{}-gic{gic}", system.name()));
     fs::create_dir_all(&dir)?;
     let mut config = config(ctx, parts, system, gic, operations)?;
+    if let Some(kernel) = kernel {
+        config.kernel = kernel.to_owned();
+    }
     let result = dir.join("counts.json");
-    config.extra.extend(["-icount".to_owned(), "shift=0,sleep=off".to_owned()]);
+    config.extra.extend(["-icount".to_owned(), ICOUNT.to_owned()]);
     config.extra.push("-plugin".to_owned());
     config.extra.push(format!("file={},out={}", comma(&parts.plugin), comma(&result)));
     let step = Step::new(&format!("{} on GICv{gic}", system.name()), None);
@@ -163,36 +191,39 @@ pub fn measure(
     })
     .with_context(|| format!("the machine with {}", system.name()))?;
     step.done();
+    let logs = dir.display();
     match &outcome.done {
         Some((true, _)) => {}
-        other => bail!("{} on GICv{gic}: {other:?}; see {}", system.name(), dir.display()),
+        other => bail!("{} on GICv{gic}: {other:?}; see {logs}", system.name()),
     }
     if outcome.start("monitor").and_then(Value::as_bool) != Some(system == System::Havmsi) {
-        bail!("the host says otherwise about the monitor; see {}", dir.display());
+        bail!("the host says otherwise about the monitor; see {logs}");
     }
     let groups = counts::read(&result)?;
-    if groups.len() != operations.len() || outcome.vmm.len() != operations.len() {
-        bail!(
-            "{} operations, {} groups of marks, {} reports; see {}",
-            operations.len(),
-            groups.len(),
-            outcome.vmm.len(),
-            dir.display()
-        );
+    if groups.len() != operations.len() {
+        bail!("{} operations, {} groups of marks; see {logs}", operations.len(), groups.len());
     }
     let mut measured = Vec::new();
-    for ((index, group), event) in operations.iter().zip(groups).zip(outcome.vmm) {
+    for (index, group) in operations.iter().zip(groups) {
         let operation = OPERATIONS.get(*index).context("no such operation")?;
-        if event["operation"] != operation.name
-            || group.instructions.len() != usize::try_from(operation.records)?
-        {
+        let by_name = |e: &&Value| e["operation"] == operation.name;
+        let failed = outcome.events.iter().filter(|e| e["event"] == "failed").find(by_name);
+        if let Some(event) = failed {
+            measured.push(Err(event["text"].as_str().unwrap_or_default().to_owned()));
+            continue;
+        }
+        let event = outcome.vmm.iter().find(by_name);
+        let event =
+            event.with_context(|| format!("no report of {}; see {logs}", operation.name))?;
+        if group.instructions.len() != usize::try_from(operation.records)? {
             bail!("{}: {} records, {event}", operation.name, group.instructions.len());
         }
         let ticks = event["ticks"].as_array().into_iter().flatten();
         let ticks = ticks.filter_map(Value::as_u64).collect();
-        measured.push(Measured { operation, group, ticks });
+        measured.push(Ok(Measured { operation, group, ticks }));
     }
-    Ok(measured)
+    let kernel = outcome.start("kernel").and_then(Value::as_str).unwrap_or_default().to_owned();
+    Ok(Machine { kernel, operations: measured })
 }
 
 fn config(
@@ -220,67 +251,63 @@ fn config(
     let mut config = run::configure(ctx, &args, system.kind())?;
     config.kernel = parts.images.kernel.image();
     config.cpu = format!("{},cntfrq={FREQUENCY}", Cpu::CortexA57.name());
+    if system == System::Pkvm {
+        // The last mode counts.
+        config.append.push_str(" kvm-arm.mode=protected havmsi.protected=1");
+    }
     Ok(config)
 }
 
-/// A row of the result.
-#[derive(Debug, Serialize)]
-pub struct Row {
-    operation: &'static str,
-    what: &'static str,
-    gic: u32,
-    /// Instructions.
-    kvm: f64,
-    havmsi: f64,
-    ratio_kvm: f64,
-    /// All that was counted, by system.
-    costs: Costs,
-}
-
-#[derive(Debug, Serialize)]
-struct Costs {
-    kvm: Cost,
-    havmsi: Cost,
-}
-
-fn row(gic: u32, kvm: &Measured, havmsi: &Measured) -> Row {
-    let costs = Costs { kvm: kvm.cost(), havmsi: havmsi.cost() };
-    let (a, b) = (costs.kvm.instructions, costs.havmsi.instructions);
-    Row {
-        operation: kvm.operation.name,
-        what: kvm.operation.what,
-        gic,
-        kvm: a,
-        havmsi: b,
-        ratio_kvm: (b / a * 1000.0).round() / 1000.0,
-        costs,
+/// Measures all that is asked for. `pkvm`: the third column too.
+pub fn execute(
+    ctx: &Ctx,
+    operations: &[usize],
+    gics: &[u32],
+    with_pkvm: bool,
+) -> Result<(Report, Vec<String>)> {
+    let parts = Parts::build(ctx)?;
+    let pkvm: Result<Pkvm, String> = if with_pkvm {
+        pkvm::build(ctx).map_err(|e| format!("its kernel can't be had: {e:#}"))
+    } else {
+        Err("not asked for".to_owned())
+    };
+    let mut report = Report::new(ctx, &pkvm)?;
+    let mut problems = Vec::new();
+    for gic in gics {
+        let kvm = measure(ctx, &parts, (System::Kvm, None), *gic, operations)?;
+        let havmsi = measure(ctx, &parts, (System::Havmsi, None), *gic, operations)?;
+        let third = match &pkvm {
+            Err(why) => Err(why.clone()),
+            Ok(_) if *gic != 3 => Err("pKVM needs a GICv3".to_owned()),
+            Ok(pkvm) => {
+                let image = pkvm.image();
+                measure(ctx, &parts, (System::Pkvm, Some(&image)), *gic, operations)
+                    .map_err(|e| format!("its machine failed: {e:#}"))
+            }
+        };
+        report.kernels.kvm.clone_from(&kvm.kernel);
+        report.kernels.havmsi.clone_from(&havmsi.kernel);
+        let mut third = match third {
+            Ok(machine) => {
+                report.kernels.pkvm = Some(machine.kernel);
+                machine.operations
+            }
+            Err(why) => operations.iter().map(|_| Err(why.clone())).collect(),
+        };
+        for ((kvm, havmsi), pkvm) in
+            kvm.operations.into_iter().zip(havmsi.operations).zip(third.drain(..))
+        {
+            let all = Three {
+                kvm: kvm.map_err(anyhow::Error::msg)?,
+                havmsi: havmsi.map_err(anyhow::Error::msg)?,
+                pkvm: pkvm.as_ref().ok(),
+            };
+            let measured = [Some(&all.kvm), Some(&all.havmsi), all.pkvm];
+            problems.extend(measured.into_iter().flatten().filter_map(Measured::complaint));
+            report.rows.push(report::row(*gic, &all, pkvm.as_ref().err()));
+        }
     }
-}
-
-/// The result as a table for people.
-fn table(rows: &[Row]) -> String {
-    let mut text = "| operation | GIC | KVM | HA-VMSI | ratio | transitions | sysregs | barriers | TLBI | EL3/EL2 |\n\
-                    |---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
-        .to_owned();
-    for row in rows {
-        let (k, h) = (&row.costs.kvm, &row.costs.havmsi);
-        let pair = |f: fn(&Cost) -> f64| format!("{:.1} → {:.1}", f(k), f(h));
-        text.push_str(&format!(
-            "| {} | v{} | {:.0} | {:.0} | {:.2} | {} | {} | {} | {} | {:.0} → {:.0} |\n",
-            row.operation,
-            row.gic,
-            row.kvm,
-            row.havmsi,
-            row.ratio_kvm,
-            pair(|c| c.transitions),
-            pair(|c| c.sysregs),
-            pair(|c| c.barriers),
-            pair(|c| c.tlbi),
-            k.levels[2] + k.levels[3],
-            h.levels[2] + h.levels[3],
-        ));
-    }
-    text
+    Ok((report, problems))
 }
 
 /// The `bench` verb.
@@ -289,36 +316,21 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
         // Found out now rather than at the end.
         File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let parts = Parts::build(ctx)?;
+    let committed = if args.quick { Some(quick::committed(ctx)?) } else { None };
     let all: Vec<usize> = (0..OPERATIONS.len()).collect();
     let chosen = if args.only.is_empty() { all } else { args.only.clone() };
-    let (mut rows, mut problems) = (Vec::new(), Vec::new());
-    for gic in [3, 2].into_iter().filter(|g| args.gic.is_none_or(|only| only == *g)) {
-        let kvm = measure(ctx, &parts, System::Kvm, gic, &chosen)?;
-        let havmsi = measure(ctx, &parts, System::Havmsi, gic, &chosen)?;
-        for (kvm, havmsi) in kvm.iter().zip(&havmsi) {
-            problems.extend([kvm, havmsi].into_iter().filter_map(Measured::complaint));
-            rows.push(row(gic, kvm, havmsi));
+    let mut gics = vec![3, 2];
+    gics.retain(|g| args.gic.is_none_or(|only| only == *g));
+    let (report, mut problems) = execute(ctx, &chosen, &gics, !args.no_pkvm && !args.quick)?;
+    println!("\n{}", report::table(&report.rows));
+    if let Some(why) = &report.pkvm_left_out {
+        ui::say(&format!("pKVM is left out: {why}"));
+    }
+    for row in report.rows.iter().filter(|_| report.pkvm_left_out.is_none()) {
+        if let Some(why) = &row.pkvm_why {
+            println!("pKVM, {} on GICv{}: {why}", row.operation, row.gic);
         }
     }
-    println!("\n{}", table(&rows));
-    let commit = sh::output(Command::new("git").current_dir(&ctx.root).args([
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]))?;
-    let report = json!({
-        "commit": commit.trim(),
-        "machine": {
-            "qemu": setup::qemu_version()?,
-            "cpu": Cpu::CortexA57.name(),
-            "cpus": CPUS,
-            "mem_mib": MEM_MIB,
-            "icount": "shift=0,sleep=off",
-        },
-        "rows": rows,
-    });
     let text = serde_json::to_string_pretty(&report)? + "\n";
     fs::create_dir_all(&ctx.log_dir)?;
     sh::write(&ctx.log("report.json"), &text)?;
@@ -326,8 +338,14 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
         sh::write(path, &text)?;
     }
     println!("logs: {}", ctx.log_dir.display());
+    if let Some(committed) = committed {
+        problems.extend(quick::compare(&committed, &report));
+    }
     if !problems.is_empty() {
         bail!("{}", problems.join("\n"));
+    }
+    if args.docs {
+        docs::write(ctx, &report)?;
     }
     Ok(())
 }

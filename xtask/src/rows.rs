@@ -15,8 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, attack, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, model, sh,
-    tcb,
+    Ctx, attack, bench, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, model,
+    sh, tcb,
 };
 
 /// One row.
@@ -55,6 +55,10 @@ pub enum Work {
     Attack,
     /// docs/threats.md is what the rows of the attacks make of it.
     ThreatsDoc,
+    /// Counts that have risen over the committed figures.
+    Bench,
+    /// docs/benchmarks is what the committed figures make of it.
+    BenchDoc,
     /// The pure crate against its model, for so many seconds.
     FuzzHost(u64),
     /// Every interleaving in small worlds.
@@ -101,6 +105,7 @@ pub fn table() -> Vec<Row> {
             Work::FuzzHost(_) => "cargo xtask fuzz --host".to_owned(),
             Work::Model => "cargo xtask model".to_owned(),
             Work::Attack => "cargo xtask attack".to_owned(),
+            Work::Bench => "cargo xtask bench --quick".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -164,6 +169,7 @@ pub fn table() -> Vec<Row> {
     add("size/tcb".into(), 120, Work::Tcb);
     add("size/series".into(), 30, Work::Series);
     add("docs/threats".into(), 30, Work::ThreatsDoc);
+    add("docs/benchmarks".into(), 30, Work::BenchDoc);
     for what in [
         "wrong-option",
         "wrong-value",
@@ -183,6 +189,7 @@ pub fn table() -> Vec<Row> {
     for (gic, cpu) in [(3, a57), (2, n1)] {
         add(format!("fuzz/gic{gic}/{}", cpu.name()), 180, Work::Fuzz(gic, cpu, FUZZ_CALLS));
     }
+    add("bench/quick".into(), 600, Work::Bench);
     add("failure/reset".into(), 120, Work::Reset);
     add("failure/panic".into(), 60, Work::Panic);
     add("linux/no-monitor/el2".into(), 90, Work::Mismatch(Kind::Control, true));
@@ -230,12 +237,17 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
     if any(|w| matches!(w, Work::Fuzz(..))) {
         fuzz_target::prepare(ctx)?;
     }
+    if any(|w| matches!(w, Work::Bench)) {
+        build::plugin(ctx)?;
+        build::bench_guest(ctx)?;
+    }
     let payload = any(|w| matches!(w, Work::Payload(..) | Work::Reset | Work::Panic));
     let linux = any(|w| {
         matches!(
             w,
             Work::Run(..)
                 | Work::Attack
+                | Work::Bench
                 | Work::Job(..)
                 | Work::Mismatch(..)
                 | Work::Digest(_)
@@ -342,6 +354,8 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
         }
         Work::Reset => Ok(Ended::ok(failure::reset(ctx, row.limit)?)),
         Work::Panic => Ok(Ended::ok(failure::panic(ctx, row.limit)?)),
+        Work::Bench => Ok(Ended::ok(bench::quick::row(ctx)?)),
+        Work::BenchDoc => Ok(Ended::ok(bench::docs::matching(ctx)?)),
         Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
         Work::Tcb => {
             let lines = tcb::count(ctx)?.own_lines;

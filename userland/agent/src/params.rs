@@ -18,6 +18,7 @@ pub struct Params {
     pub machine: String,
     pub thp: String,
     pub operations: String,
+    pub protected: bool,
 }
 
 const JOBS: [&str; 13] = [
@@ -47,6 +48,7 @@ impl Params {
             machine: word("machine", ""),
             thp: word("thp", "never"),
             operations: word("operations", ""),
+            protected: number(line, "protected", 0, 0, 1)? == 1,
         };
         if params.mib + 48 > params.gmem {
             return Err(format!(

@@ -17,6 +17,9 @@ use std::io::Error;
 /// Where the guest's image is on the host.
 const IMAGE: &str = "/havmsi/bench.bin";
 
+/// pKVM's type of VM, since Linux 7.x.
+const PROTECTED: u64 = 1 << 31;
+
 /// A mark for QEMU's plugin.
 #[inline(always)]
 fn mark<const MARK: u16>() {
@@ -70,10 +73,20 @@ struct Machine {
     _ram: Ram,
 }
 
+/// What is the same for all VMs.
+struct Setting {
+    kvm: Kvm,
+    /// KVM's type of VM.
+    kind: u64,
+    image: Vec<u8>,
+    gic: u64,
+}
+
 impl Machine {
-    fn new(kvm: &Kvm, image: &[u8], index: usize, gic: u64) -> Result<Self, String> {
+    fn new(setting: &Setting, index: usize) -> Result<Self, String> {
         let operation = &OPERATIONS[index];
-        let vm = kvm.create_vm().map_err(text("KVM_CREATE_VM"))?;
+        let (image, gic) = (&setting.image, setting.gic);
+        let vm = setting.kvm.create_vm_with_type(setting.kind).map_err(text("KVM_CREATE_VM"))?;
         let ram = Ram::new(RAM_SIZE, operation.kind == Kind::Touch(BLOCK))?;
         // SAFETY: the mapping is larger than that, and there are no references to it.
         unsafe { std::ptr::copy_nonoverlapping(image.as_ptr(), ram.start, image.len()) };
@@ -162,9 +175,9 @@ fn run_all(machine: &mut Machine) -> Result<Vec<u64>, String> {
     })
 }
 
-fn measure(kvm: &Kvm, image: &[u8], index: usize, gic: u64) -> Result<Vec<u64>, String> {
+fn measure(setting: &Setting, index: usize) -> Result<Vec<u64>, String> {
     let operation = &OPERATIONS[index];
-    let new = || Machine::new(kvm, image, index, gic);
+    let new = || Machine::new(setting, index);
     mark::<{ mark::NEXT }>();
     match operation.kind {
         Kind::Start | Kind::End => {
@@ -198,24 +211,21 @@ fn line(operation: &Operation, ticks: &[u64]) {
     println!("{VMM_PREFIX}{}", object.finish());
 }
 
-/// `havmsi-vmm bench GIC NAME...`: measures these operations, or all.
+/// `havmsi-vmm bench GIC plain|protected NAME`: measures an operation. `protected`: in a VM of pKVM's.
 pub fn main(args: &[String]) -> Result<(), String> {
-    let gic = args.first().and_then(|g| g.parse().ok()).filter(|g| [2, 3].contains(g));
-    let gic = gic.ok_or("usage: havmsi-vmm bench 2|3 [NAME...]")?;
-    let chosen: Vec<usize> = match args.get(1..) {
-        None | Some([]) => (0..OPERATIONS.len()).collect(),
-        Some(names) => names
-            .iter()
-            .map(|n| find(n).ok_or(format!("no operation `{n}`")))
-            .collect::<Result<_, _>>()?,
+    const USAGE: &str = "usage: havmsi-vmm bench 2|3 plain|protected NAME";
+    let [gic, kind, name] = args else { return Err(USAGE.to_owned()) };
+    let gic = gic.parse().ok().filter(|g| [2, 3].contains(g)).ok_or(USAGE)?;
+    let kind = match kind.as_str() {
+        "plain" => 0,
+        "protected" => PROTECTED,
+        _ => return Err(USAGE.to_owned()),
     };
+    let index = find(name).ok_or(format!("no operation `{name}`"))?;
     pin(0)?;
     let image = std::fs::read(IMAGE).map_err(|e| format!("{IMAGE}: {e}"))?;
     let kvm = Kvm::new().map_err(text("/dev/kvm"))?;
-    for index in chosen {
-        let operation = &OPERATIONS[index];
-        let ticks = measure(&kvm, &image, index, gic);
-        line(operation, &ticks.map_err(|e| format!("{}: {e}", operation.name))?);
-    }
+    let ticks = measure(&Setting { kvm, kind, image, gic }, index)?;
+    line(&OPERATIONS[index], &ticks);
     Ok(())
 }

@@ -7,8 +7,8 @@
 //! `havmsi-vmm alive` only runs a guest: exit status 0 if all is well with it. `havmsi-vmm sharing`
 //! has a guest share memory while this VMM's disk writes there.
 //!
-//! `havmsi-vmm bench GIC [NAME...]` measures operations instead, and prints a line
-//! `@vmm {"event":"bench","operation":...,"ticks":[...]}` for each.
+//! `havmsi-vmm bench GIC plain|protected NAME` measures an operation instead, and prints a line
+//! `@vmm {"event":"bench","operation":...,"ticks":[...]}`.
 
 mod attacks;
 mod bench;

@@ -70,7 +70,7 @@ pub fn special(word: u32) -> Option<Special> {
 }
 
 /// What an operation costs.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Cost {
     /// Instructions, of all CPUs: those of the smallest record.
     pub instructions: f64,

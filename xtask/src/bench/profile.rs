@@ -10,6 +10,7 @@ use super::counts::special;
 use super::symbols::Symbols;
 use super::{Measured, Parts, System, measure, operation};
 use crate::Ctx;
+use crate::kernel::pkvm::{self, Pkvm};
 
 /// Options of `profile`.
 #[derive(Debug, Clone, ClapArgs)]
@@ -54,7 +55,9 @@ pub enum Which {
     Kvm,
     /// HA-VMSI
     Havmsi,
-    /// One after the other
+    /// A protected VM of pKVM's
+    Pkvm,
+    /// KVM and HA-VMSI, one after the other
     Both,
 }
 
@@ -145,12 +148,19 @@ fn callers(measured: &Measured, symbols: &Symbols, top: usize) -> String {
 /// The `profile` verb.
 pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
     let parts = Parts::build(ctx)?;
-    let mut systems = vec![System::Kvm, System::Havmsi];
-    systems.retain(|s| args.on == Which::Both || (*s == System::Kvm) == (args.on == Which::Kvm));
+    let systems = match args.on {
+        Which::Kvm => vec![System::Kvm],
+        Which::Havmsi => vec![System::Havmsi],
+        Which::Pkvm => vec![System::Pkvm],
+        Which::Both => vec![System::Kvm, System::Havmsi],
+    };
     for system in systems {
-        let measured = measure(ctx, &parts, system, args.gic, &args.operations)?;
-        let symbols = Symbols::read(&parts, system)?;
-        for measured in measured {
+        let pkvm = if system == System::Pkvm { Some(pkvm::build(ctx)?) } else { None };
+        let image = pkvm.as_ref().map(Pkvm::image);
+        let machine = measure(ctx, &parts, (system, image.as_deref()), args.gic, &args.operations)?;
+        let symbols = Symbols::read(&parts, system, pkvm.map(|p| p.symbols()))?;
+        for measured in machine.operations {
+            let measured = measured.map_err(anyhow::Error::msg)?;
             println!(
                 "\n{} on GICv{}\n{}",
                 system.name(),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What an address is: a function of the monitor, of KVM's EL2 half, of the kernel, of a program.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use addr2line::Loader;
 use anyhow::{Context as _, Result};
@@ -49,8 +49,9 @@ fn load(path: &Path) -> Result<Loader> {
 
 impl Symbols {
     /// Reads the symbols of all that runs on a system.
-    pub fn read(parts: &Parts, system: System) -> Result<Self> {
-        let kernel = parts.images.kernel.dir.join("vmlinux");
+    /// `kernel`: which, if not ours.
+    pub fn read(parts: &Parts, system: System, kernel: Option<PathBuf>) -> Result<Self> {
+        let kernel = kernel.unwrap_or_else(|| parts.images.kernel.dir.join("vmlinux"));
         let monitor = (system == System::Havmsi).then(|| load(&parts.monitor.elf)).transpose()?;
         Ok(Self {
             monitor,

@@ -35,6 +35,11 @@ impl Pkvm {
     pub fn image(&self) -> PathBuf {
         self.dir.join("Image")
     }
+
+    /// The same with its symbols.
+    pub fn symbols(&self) -> PathBuf {
+        self.dir.join("vmlinux")
+    }
 }
 
 /// The newest of the packages that a search lists.
