@@ -200,7 +200,7 @@ extern "C" fn main(operation: u64, gic_version: u64) -> ! {
                 },
             );
         }
-        Kind::Start | Kind::End => {}
+        Kind::Start | Kind::End | Kind::Host(_) => {}
     }
     loop {
         regs::store(port::DONE, 0);

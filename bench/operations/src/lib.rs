@@ -46,6 +46,19 @@ pub enum Kind {
     Start,
     /// The VM's descriptors closed, and its memory unmapped.
     End,
+    /// No VM at all: what the host itself pays.
+    Host(Work),
+}
+
+/// Work of the host's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Work {
+    /// A process is started, and waited for.
+    Process,
+    /// A byte to a thread on the other CPU, and back.
+    Pipe,
+    /// 64 pages of memory are taken, stored to, and given back.
+    Memory,
 }
 
 impl Kind {
@@ -58,13 +71,13 @@ impl Kind {
     /// The VMM measures it; all else is measured in the guest.
     #[must_use]
     pub const fn is_of_host(self) -> bool {
-        matches!(self, Self::Start | Self::End)
+        matches!(self, Self::Start | Self::End | Self::Host(_))
     }
 
     /// CPUs may all sleep in it, which makes the clock jump: it tells nothing then.
     #[must_use]
     pub const fn may_idle(self) -> bool {
-        matches!(self, Self::Start | Self::End | Self::Ipi { sleeping: true })
+        self.is_of_host() || matches!(self, Self::Ipi { sleeping: true })
     }
 }
 
@@ -132,6 +145,27 @@ pub const OPERATIONS: &[Operation] = &[
         12,
     ),
     row("vm-teardown", "all descriptors closed and its memory unmapped", Kind::End, 1, 12),
+    row(
+        "host-process",
+        "no VM: the host starts a process (busybox) and waits for it",
+        Kind::Host(Work::Process),
+        1,
+        48,
+    ),
+    row(
+        "host-pipe",
+        "no VM: a byte through a pipe to a thread on the other CPU, and one back",
+        Kind::Host(Work::Pipe),
+        4,
+        48,
+    ),
+    row(
+        "host-memory",
+        "no VM: the host takes 64 pages of memory, stores to each, gives them back",
+        Kind::Host(Work::Memory),
+        1,
+        24,
+    ),
 ];
 
 /// The place of an operation in the table.

@@ -5,14 +5,17 @@
 
 use crate::gic;
 use crate::vm::{Reg, text};
-use havmsi_operations::{BLOCK, Kind, OPERATIONS, Operation, RAM, RAM_SIZE, find, mark, port};
+use havmsi_operations::{
+    BLOCK, Kind, OPERATIONS, Operation, PAGE, RAM, RAM_SIZE, Work, find, mark, port,
+};
 use havmsi_proto::VMM_PREFIX;
 use havmsi_proto::json::Object;
 use kvm_bindings::{
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, kvm_userspace_memory_region, kvm_vcpu_init,
 };
 use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
-use std::io::Error;
+use std::io::{Error, Read as _, Write as _};
+use std::process::Command;
 
 /// Where the guest's image is on the host.
 const IMAGE: &str = "/havmsi/bench.bin";
@@ -175,11 +178,67 @@ fn run_all(machine: &mut Machine) -> Result<Vec<u64>, String> {
     })
 }
 
+/// Carries out records of something the host does.
+fn records(
+    operation: &Operation,
+    mut once: impl FnMut() -> Result<(), String>,
+) -> Result<(), String> {
+    // The first one is not like the others: code and caches of the kernel come in.
+    for record in 0..=operation.records {
+        if record > 0 {
+            mark::<{ mark::START }>();
+        }
+        for _ in 0..operation.times {
+            once()?;
+        }
+        mark::<{ mark::STOP }>();
+    }
+    Ok(())
+}
+
+/// What the host itself pays: no VM.
+fn host(operation: &Operation, work: Work) -> Result<(), String> {
+    let failed = |e: Error| e.to_string();
+    match work {
+        Work::Process => records(operation, || {
+            let status = Command::new("/bin/busybox").arg("true").status().map_err(failed)?;
+            if status.success() { Ok(()) } else { Err(format!("busybox: {status}")) }
+        }),
+        Work::Pipe => {
+            let (mut there, mut out) = std::io::pipe().map_err(failed)?;
+            let (mut back, mut answer) = std::io::pipe().map_err(failed)?;
+            let other = std::thread::spawn(move || -> Result<(), String> {
+                pin(1)?;
+                let mut byte = [0];
+                while there.read(&mut byte).map_err(failed)? == 1 {
+                    answer.write_all(&byte).map_err(failed)?;
+                }
+                Ok(())
+            });
+            records(operation, || {
+                out.write_all(&[1]).map_err(failed)?;
+                back.read_exact(&mut [0]).map_err(failed)
+            })?;
+            drop(out);
+            other.join().map_err(|_| "the other thread died")?
+        }
+        Work::Memory => records(operation, || {
+            let ram = Ram::new(64 * PAGE, false)?;
+            for page in 0..64 {
+                // SAFETY: inside the mapping, to which there are no references.
+                unsafe { ram.start.wrapping_add(page * 4096).write_volatile(1) };
+            }
+            Ok(())
+        }),
+    }
+}
+
 fn measure(setting: &Setting, index: usize) -> Result<Vec<u64>, String> {
     let operation = &OPERATIONS[index];
     let new = || Machine::new(setting, index);
     mark::<{ mark::NEXT }>();
     match operation.kind {
+        Kind::Host(work) => host(operation, work).map(|()| vec![]),
         Kind::Start | Kind::End => {
             // The first one is not like the others: code and caches of the kernel come in.
             for record in 0..=operation.records {
