@@ -5,11 +5,13 @@
 //! QEMU runs with `-icount`: one tick of the counter is one instruction, so that the guest's own clock
 //! and the plugin count the same thing. `bench/README.md` tells more.
 
+pub mod applications;
 pub mod counts;
 pub mod docs;
 pub mod profile;
 pub mod quick;
 pub mod report;
+pub mod scaling;
 pub mod symbols;
 
 use std::fs::{self, File};
@@ -18,11 +20,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args as ClapArgs;
-use havmsi_operations::{OPERATIONS, Operation};
+use havmsi_operations::{OPERATIONS, Operation, Task};
 use serde_json::Value;
 
 use crate::image::{self, Images};
-use crate::job::{self, Limits};
+use crate::job::{self, Limits, Outcome};
 use crate::kernel::pkvm::{self, Pkvm};
 use crate::machine::{Config, Kind, comma};
 use crate::run::{self, Cpu};
@@ -46,9 +48,15 @@ pub struct Args {
     /// Fail if a count has risen by more than 5 % over the figures in docs/benchmarks (without pKVM)
     #[arg(long, conflicts_with_all = ["only", "gic", "docs"])]
     pub quick: bool,
+    /// Also a Linux guest, and how costs grow with VMs, vCPUs and RAM (GICv3, without pKVM)
+    #[arg(long, conflicts_with_all = ["only", "gic", "quick"])]
+    pub all: bool,
     /// Write the figures and what is made of them to docs/benchmarks
     #[arg(long, conflicts_with_all = ["only", "gic", "no_pkvm"])]
     pub docs: bool,
+    /// Don't measure: figures from a result of `--all --json`
+    #[arg(long, value_name = "FILE", requires = "docs")]
+    pub from: Option<PathBuf>,
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -166,57 +174,70 @@ pub struct Machine {
     pub operations: Vec<Result<Measured, String>>,
 }
 
+/// The plugin's result.
+const COUNTS: &str = "counts.json";
+
+/// Runs a machine with the plugin, which leaves its result in the folder.
+fn machine(
+    parts: &Parts,
+    system: System,
+    mut config: Config,
+    title: &str,
+    dir: &Path,
+) -> Result<Outcome> {
+    fs::create_dir_all(dir)?;
+    config.extra.extend(["-icount".to_owned(), ICOUNT.to_owned()]);
+    config.extra.push("-plugin".to_owned());
+    config.extra.push(format!("file={},out={}", comma(&parts.plugin), comma(&dir.join(COUNTS))));
+    let step = Step::new(title, None);
+    let limits = Limits { total: LIMIT, silence: LIMIT };
+    let outcome = job::run(&config, dir, limits, |event| {
+        step.note(event["operation"].as_str().unwrap_or_default());
+    })
+    .with_context(|| format!("the machine: {title}"))?;
+    step.done();
+    match &outcome.done {
+        Some((true, _)) => {}
+        other => bail!("{title}: {other:?}; see {}", dir.display()),
+    }
+    if outcome.start("monitor").and_then(Value::as_bool) != Some(system == System::Havmsi) {
+        bail!("the host says otherwise about the monitor; see {}", dir.display());
+    }
+    Ok(outcome)
+}
+
 /// Boots a machine and measures operations. `kernel`: which, if not ours.
 pub fn measure(
     ctx: &Ctx,
     parts: &Parts,
     (system, kernel): (System, Option<&Path>),
     gic: u32,
-    operations: &[usize],
+    tasks: &[Task],
 ) -> Result<Machine> {
     let dir = ctx.log_dir.join(format!("{}-gic{gic}", system.name()));
-    fs::create_dir_all(&dir)?;
-    let mut config = config(ctx, parts, system, gic, operations)?;
+    let mut config = config(ctx, parts, system, gic, tasks)?;
     if let Some(kernel) = kernel {
         config.kernel = kernel.to_owned();
     }
-    let result = dir.join("counts.json");
-    config.extra.extend(["-icount".to_owned(), ICOUNT.to_owned()]);
-    config.extra.push("-plugin".to_owned());
-    config.extra.push(format!("file={},out={}", comma(&parts.plugin), comma(&result)));
-    let step = Step::new(&format!("{} on GICv{gic}", system.name()), None);
-    let limits = Limits { total: LIMIT, silence: LIMIT };
-    let outcome = job::run(&config, &dir, limits, |event| {
-        step.note(event["operation"].as_str().unwrap_or_default());
-    })
-    .with_context(|| format!("the machine with {}", system.name()))?;
-    step.done();
+    let outcome = machine(parts, system, config, &format!("{} on GICv{gic}", system.name()), &dir)?;
     let logs = dir.display();
-    match &outcome.done {
-        Some((true, _)) => {}
-        other => bail!("{} on GICv{gic}: {other:?}; see {logs}", system.name()),
-    }
-    if outcome.start("monitor").and_then(Value::as_bool) != Some(system == System::Havmsi) {
-        bail!("the host says otherwise about the monitor; see {logs}");
-    }
-    let groups = counts::read(&result)?;
-    if groups.len() != operations.len() {
-        bail!("{} operations, {} groups of marks; see {logs}", operations.len(), groups.len());
+    let groups = counts::read(&dir.join(COUNTS))?;
+    if groups.len() != tasks.len() {
+        bail!("{} operations, {} groups of marks; see {logs}", tasks.len(), groups.len());
     }
     let mut measured = Vec::new();
-    for (index, group) in operations.iter().zip(groups) {
-        let operation = OPERATIONS.get(*index).context("no such operation")?;
-        let by_name = |e: &&Value| e["operation"] == operation.name;
+    for (task, group) in tasks.iter().zip(groups) {
+        let (operation, name) = (task.operation(), task.to_string());
+        let by_name = |e: &&Value| e["operation"] == name;
         let failed = outcome.events.iter().filter(|e| e["event"] == "failed").find(by_name);
         if let Some(event) = failed {
             measured.push(Err(event["text"].as_str().unwrap_or_default().to_owned()));
             continue;
         }
         let event = outcome.vmm.iter().find(by_name);
-        let event =
-            event.with_context(|| format!("no report of {}; see {logs}", operation.name))?;
-        if group.instructions.len() != usize::try_from(operation.records)? {
-            bail!("{}: {} records, {event}", operation.name, group.instructions.len());
+        let event = event.with_context(|| format!("no report of {name}; see {logs}"))?;
+        if group.instructions.len() != usize::try_from(task.records())? {
+            bail!("{name}: {} records, {event}", group.instructions.len());
         }
         let ticks = event["ticks"].as_array().into_iter().flatten();
         let ticks = ticks.filter_map(Value::as_u64).collect();
@@ -226,25 +247,30 @@ pub fn measure(
     Ok(Machine { kernel, operations: measured })
 }
 
-fn config(
+fn config(ctx: &Ctx, parts: &Parts, system: System, gic: u32, tasks: &[Task]) -> Result<Config> {
+    let names: Vec<String> = tasks.iter().map(Task::to_string).collect();
+    let more = format!("havmsi.operations={}", names.join(","));
+    job_config(ctx, parts, system, gic, "bench", &more)
+}
+
+/// The machine for a job; `more`: what its command line has beside.
+fn job_config(
     ctx: &Ctx,
     parts: &Parts,
     system: System,
     gic: u32,
-    operations: &[usize],
+    job: &str,
+    more: &str,
 ) -> Result<Config> {
-    let names: Vec<&str> =
-        operations.iter().filter_map(|i| OPERATIONS.get(*i)).map(|o| o.name).collect();
     let args = run::Args {
         cpus: CPUS,
         mem: MEM_MIB,
         gic,
-        job: "bench".to_owned(),
+        job: job.to_owned(),
         // A vCPU that waits sleeps at once, rather than have its thread look for interrupts.
         append: format!(
-            "kvm.halt_poll_ns=0 havmsi.thp=madvise havmsi.timeout={} havmsi.operations={}",
+            "kvm.halt_poll_ns=0 havmsi.thp=madvise havmsi.timeout={} {more}",
             LIMIT.as_secs(),
-            names.join(",")
         ),
         ..run::Args::default()
     };
@@ -258,13 +284,15 @@ fn config(
     Ok(config)
 }
 
-/// Measures all that is asked for. `pkvm`: the third column too.
+/// Measures all that is asked for. `with_pkvm`: the third column too; `with_more`: applications, and how costs grow.
 pub fn execute(
     ctx: &Ctx,
     operations: &[usize],
     gics: &[u32],
     with_pkvm: bool,
+    with_more: bool,
 ) -> Result<(Report, Vec<String>)> {
+    let tasks: Vec<Task> = operations.iter().map(|i| Task::plain(*i)).collect();
     let parts = Parts::build(ctx)?;
     let pkvm: Result<Pkvm, String> = if with_pkvm {
         pkvm::build(ctx).map_err(|e| format!("its kernel can't be had: {e:#}"))
@@ -274,14 +302,14 @@ pub fn execute(
     let mut report = Report::new(ctx, &pkvm)?;
     let mut problems = Vec::new();
     for gic in gics {
-        let kvm = measure(ctx, &parts, (System::Kvm, None), *gic, operations)?;
-        let havmsi = measure(ctx, &parts, (System::Havmsi, None), *gic, operations)?;
+        let kvm = measure(ctx, &parts, (System::Kvm, None), *gic, &tasks)?;
+        let havmsi = measure(ctx, &parts, (System::Havmsi, None), *gic, &tasks)?;
         let third = match &pkvm {
             Err(why) => Err(why.clone()),
             Ok(_) if *gic != 3 => Err("pKVM needs a GICv3".to_owned()),
             Ok(pkvm) => {
                 let image = pkvm.image();
-                measure(ctx, &parts, (System::Pkvm, Some(&image)), *gic, operations)
+                measure(ctx, &parts, (System::Pkvm, Some(&image)), *gic, &tasks)
                     .map_err(|e| format!("its machine failed: {e:#}"))
             }
         };
@@ -307,6 +335,10 @@ pub fn execute(
             report.rows.push(report::row(*gic, &all, pkvm.as_ref().err()));
         }
     }
+    if with_more {
+        report.applications = applications::measure(ctx, &parts)?;
+        report.scaling = scaling::measure(ctx, &parts)?;
+    }
     Ok((report, problems))
 }
 
@@ -316,20 +348,24 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
         // Found out now rather than at the end.
         File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
     }
+    if let Some(path) = &args.from {
+        return docs::write(ctx, &quick::read(path)?);
+    }
     let committed = if args.quick { Some(quick::committed(ctx)?) } else { None };
     let all: Vec<usize> = (0..OPERATIONS.len()).collect();
     let chosen = if args.only.is_empty() { all } else { args.only.clone() };
     let mut gics = vec![3, 2];
     gics.retain(|g| args.gic.is_none_or(|only| only == *g));
-    let (report, mut problems) = execute(ctx, &chosen, &gics, !args.no_pkvm && !args.quick)?;
+    let with_pkvm = !args.no_pkvm && !args.quick;
+    let (report, mut problems) = execute(ctx, &chosen, &gics, with_pkvm, args.all || args.docs)?;
     println!("\n{}", report::table(&report.rows));
+    println!("{}", applications::table(&report.applications));
+    println!("{}", scaling::table(&report.scaling));
     if let Some(why) = &report.pkvm_left_out {
         ui::say(&format!("pKVM is left out: {why}"));
     }
-    for row in report.rows.iter().filter(|_| report.pkvm_left_out.is_none()) {
-        if let Some(why) = &row.pkvm_why {
-            println!("pKVM, {} on GICv{}: {why}", row.operation, row.gic);
-        }
+    for why in report::not_on_pkvm(&report) {
+        println!("{why}");
     }
     let text = serde_json::to_string_pretty(&report)? + "\n";
     fs::create_dir_all(&ctx.log_dir)?;

@@ -7,7 +7,9 @@ mod regs;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use gic::Gic;
-use havmsi_operations::{FRESH, Kind, OPERATIONS, Operation, PAGE, mark, port};
+use havmsi_operations::{
+    FRESH, Kind, OPERATIONS, Operation, PAGE, RAM, RAM_SIZE, STRIDE, mark, port,
+};
 
 const STACK_SIZE: usize = 16 << 10;
 
@@ -86,11 +88,11 @@ fn measure(operation: &Operation, mut before: impl FnMut(), mut once: impl FnMut
     for ticks in TICKS.iter().take(records) {
         before();
         let start = regs::counter();
-        regs::mark::<{ mark::START }>();
+        mark::put::<{ mark::START }>();
         for _ in 0..operation.times {
             once();
         }
-        regs::mark::<{ mark::STOP }>();
+        mark::put::<{ mark::STOP }>();
         ticks.store(regs::counter() - start, Ordering::Relaxed);
     }
     TICKS.iter().take(records).for_each(|t| regs::store(port::TICKS, t.load(Ordering::Relaxed)));
@@ -136,13 +138,18 @@ fn ipi(operation: &Operation, sleeping: bool) {
     gic.send(1);
 }
 
-extern "C" fn main(operation: u64, gic_version: u64) -> ! {
+extern "C" fn main(operation: u64, gic_version: u64, more_ram: u64) -> ! {
     GIC.store(gic_version, Ordering::Relaxed);
     let index = usize::try_from(operation).unwrap_or(usize::MAX);
     let Some(operation) = OPERATIONS.get(index) else { wrong(operation) };
     if !operation.kind.is_of_host() {
         gic().set_up();
         gic().open(0);
+    }
+    let mut more = RAM + RAM_SIZE;
+    while more < RAM + RAM_SIZE + more_ram {
+        regs::store(more, more);
+        more += STRIDE;
     }
     match operation.kind {
         Kind::Call { x: [x0, x1], answer } => measure(

@@ -2,7 +2,7 @@
 //! The operations that are measured: a table, which the guest, the VMM and the build tool read, so
 //! that a new row is a line here. And what they and QEMU's plugin agree on.
 #![no_std]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 /// What is measured: one row of the result.
 #[derive(Clone, Copy, Debug)]
@@ -168,6 +168,100 @@ pub const OPERATIONS: &[Operation] = &[
     ),
 ];
 
+/// What there is beside a VM that is measured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Load {
+    /// Nothing.
+    None,
+    /// So many VMs in all: the others have run, and stand still.
+    Vms(u32),
+    /// So many vCPUs: the others are off.
+    Vcpus(u32),
+    /// So many MiB of RAM more, in which the guest has touched a page in each [`STRIDE`].
+    Ram(u32),
+}
+
+/// The guest touches one page of so many bytes of the RAM that it has more.
+pub const STRIDE: u64 = 256 << 10;
+
+/// An operation, and what there is beside.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Task {
+    /// Its place in the table.
+    pub index: usize,
+    /// What else there is.
+    pub load: Load,
+}
+
+impl Task {
+    /// The operation as it is.
+    #[must_use]
+    pub const fn plain(index: usize) -> Self {
+        Self { index, load: Load::None }
+    }
+
+    /// `NAME`, `NAME+vms=N`, `NAME+vcpus=N`, `NAME+ram=MIB`.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let (name, load) = match text.split_once('+') {
+            None => (text, Load::None),
+            Some((name, load)) => {
+                let (what, n) = load.split_once('=')?;
+                let n = n.parse().ok()?;
+                let load = match what {
+                    "vms" => Load::Vms(n),
+                    "vcpus" => Load::Vcpus(n),
+                    "ram" => Load::Ram(n),
+                    _ => return None,
+                };
+                (name, load)
+            }
+        };
+        Some(Self { index: find(name)?, load })
+    }
+
+    /// The operation.
+    #[must_use]
+    pub const fn operation(&self) -> &'static Operation {
+        &OPERATIONS[self.index]
+    }
+
+    /// How many records: fewer where each takes a VM with much to set up.
+    #[must_use]
+    pub const fn records(&self) -> u32 {
+        match self.load {
+            Load::None => self.operation().records,
+            _ if self.operation().kind.is_of_host() => 3,
+            _ => self.operation().records,
+        }
+    }
+}
+
+impl core::fmt::Display for Task {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.operation().name)?;
+        match self.load {
+            Load::None => Ok(()),
+            Load::Vms(n) => write!(f, "+vms={n}"),
+            Load::Vcpus(n) => write!(f, "+vcpus={n}"),
+            Load::Ram(n) => write!(f, "+ram={n}"),
+        }
+    }
+}
+
+/// What a Linux guest with one vCPU under QEMU is measured at: name, what it is, and how many records.
+/// In the order in which they are carried out.
+pub const APPLICATIONS: &[(&str, &str, u32)] = &[
+    ("linux-boot", "QEMU's start to the first program of a Linux guest (1 vCPU, 256 MiB)", 1),
+    (
+        "linux-messages",
+        "in that guest: 4 threads send 100 messages each of 100 bytes to 4 others (sockets, after hackbench)",
+        5,
+    ),
+    ("linux-process", "in that guest: 8 processes started and waited for, one after the other", 5),
+    ("linux-memory", "in that guest: 4 MiB of memory are taken and written to", 5),
+];
+
 /// The place of an operation in the table.
 #[must_use]
 pub fn find(name: &str) -> Option<usize> {
@@ -216,6 +310,17 @@ pub mod mark {
     /// Another operation comes.
     pub const NEXT: u16 = 0xb003;
 
+    /// Executes a mark.
+    #[cfg(target_arch = "aarch64")]
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "an instruction that no compiler uses")]
+    pub fn put<const MARK: u16>() {
+        // SAFETY: does nothing; no memory access may move across it.
+        unsafe {
+            core::arch::asm!("movz xzr, #{}", const MARK, options(nostack, preserves_flags));
+        }
+    }
+
     /// The mark that an instruction is.
     #[must_use]
     pub const fn of(word: u32) -> Option<u16> {
@@ -229,6 +334,9 @@ pub mod mark {
 }
 
 #[cfg(test)]
+extern crate std;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -239,6 +347,17 @@ mod tests {
         assert_eq!(mark::of(0xd296_0020), None); // movz x0
         assert_eq!(mark::of(0xd296_009f), None); // another number
         assert_eq!(mark::of(0xd503_201f), None); // nop
+    }
+
+    #[test]
+    fn tasks_have_a_text() {
+        for text in ["touch-4k", "hypercall+vms=64", "vm-start+vcpus=8", "vm-teardown+ram=8192"] {
+            let task = Task::parse(text).unwrap();
+            assert_eq!(std::format!("{task}"), text);
+        }
+        for text in ["walk", "hypercall+cats=3", "hypercall+vms", "hypercall+vms=x"] {
+            assert_eq!(Task::parse(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::guest::{self, Guest};
 use crate::params::Params;
 use crate::{checks, io, out, sys};
 use havmsi_abi::Function;
+use havmsi_operations::mark;
 use havmsi_proto::Seed;
 use havmsi_proto::json::{Object, number};
 use std::process::{Command, Stdio};
@@ -40,6 +41,7 @@ impl Job<'_> {
             "io" => self.io(),
             "devices" => self.devices(),
             "bench" => self.bench(),
+            "applications" => self.applications(),
             "shell" => shell(),
             _ => Ok("looked around".to_owned()),
         }
@@ -391,6 +393,22 @@ impl Job<'_> {
             out::event(Object::event("failed").text("operation", name).text("text", &why));
         }
         Ok("measured".to_owned())
+    }
+
+    /// A Linux guest is measured, from QEMU's start on, by marks for QEMU's plugin.
+    fn applications(&self) -> End {
+        mark::put::<{ mark::NEXT }>();
+        mark::put::<{ mark::START }>();
+        let mut guest = Guest::start(0, self.params, "bench")?;
+        let limit = Duration::from_secs(self.params.timeout);
+        guest.wait(limit, |s| s.verdict.is_some());
+        let ended = guest.finish(END);
+        let (verdict, last) = guest.with(|s| (s.verdict.clone(), s.last.clone()));
+        match verdict {
+            Some(v) if v.ok && ended => Ok("measured".to_owned()),
+            Some(v) => Err(format!("the guest: {} (QEMU ended: {ended})", v.text)),
+            None => Err(format!("the guest gave no verdict; last line: {last}")),
+        }
     }
 
     /// A user's VMM must be allowed to lock all of its guest's memory.

@@ -84,7 +84,7 @@ fn agent() -> jobs::End {
     let module = ["/havmsi/attacker-plain.ko", "/havmsi/attacker.ko"];
     let with_monitor = line.contains("kvm-arm.mode=havmsi");
     let mut module_error = String::new();
-    if !["boot", "bench"].contains(&params.job.as_str()) {
+    if !["boot", "bench", "applications"].contains(&params.job.as_str()) {
         let mut paths = module.iter().filter(|p| Path::new(p).exists());
         let path = if with_monitor { Some(&module[1]) } else { paths.next() };
         if let Some(Err(e)) = path.map(|p| sys::load_module(p)) {
@@ -94,11 +94,13 @@ fn agent() -> jobs::End {
     let attacker = Attacker::open().ok();
     let monitor = attacker.as_ref().map_or(with_monitor, Attacker::monitor);
     let kvm = Path::new("/dev/kvm").exists();
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    // `Linux version RELEASE ...`; not every kernel has /proc/sys.
+    let version = std::fs::read_to_string("/proc/version").unwrap_or_default();
+    let release = version.split_whitespace().nth(2).unwrap_or_default();
     out::event(
         Object::event("start")
             .text("job", &params.job)
-            .text("kernel", release.trim())
+            .text("kernel", release)
             .value("cpus", jobs::cpus())
             .value("mem_mib", memory_mib())
             .value("monitor", monitor)

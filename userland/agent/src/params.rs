@@ -21,9 +21,21 @@ pub struct Params {
     pub protected: bool,
 }
 
-const JOBS: [&str; 13] = [
-    "run", "attack", "smp4", "reboot", "rounds", "hotplug", "io", "devices", "memlock", "nokvm",
-    "boot", "shell", "bench",
+const JOBS: [&str; 14] = [
+    "run",
+    "attack",
+    "smp4",
+    "reboot",
+    "rounds",
+    "hotplug",
+    "io",
+    "devices",
+    "memlock",
+    "nokvm",
+    "boot",
+    "shell",
+    "bench",
+    "applications",
 ];
 
 impl Params {

@@ -3,6 +3,7 @@
 //! it, keeps verifying memory and registers on all vCPUs, gives its verdict and powers off.
 //! Its lines and modes are described in `userland/README.md`.
 
+mod bench;
 mod io;
 mod spin;
 mod sys;
@@ -36,8 +37,8 @@ struct Config {
 
 fn config(line: &str) -> Result<Config, String> {
     let mode = cmdline::value(line, "mode").unwrap_or("work");
-    if !["work", "reboot", "idle", "devices"].contains(&mode) {
-        return Err(format!("havmsi.mode={mode}: want work, reboot, idle or devices"));
+    if !["work", "reboot", "idle", "devices", "bench"].contains(&mode) {
+        return Err(format!("havmsi.mode={mode}: want work, reboot, idle, devices or bench"));
     }
     Ok(Config {
         mib: cmdline::number(line, "mib", 16, 1, 65_536)?,
@@ -102,6 +103,11 @@ fn run() -> Result<sys::End, String> {
     sys::mount_all();
     let line = std::fs::read_to_string("/proc/cmdline").map_err(|e| e.to_string())?;
     let config = config(&line)?;
+    if config.mode == "bench" {
+        bench::run()?;
+        say(Object::event("verdict").value("ok", true).value("vcpus", sys::cpus().len()));
+        return Ok(sys::End::PowerOff);
+    }
     let cpus = sys::cpus();
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let stop = Arc::new(AtomicBool::new(false));
@@ -154,6 +160,9 @@ fn run() -> Result<sys::End, String> {
 }
 
 fn main() {
+    if std::env::args().nth(1).as_deref() == Some(bench::NOTHING) {
+        return;
+    }
     let end = run().unwrap_or_else(|e| {
         say(Object::event("verdict").value("ok", false).text("text", &e));
         sys::End::PowerOff

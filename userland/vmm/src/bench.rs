@@ -6,7 +6,7 @@
 use crate::gic;
 use crate::vm::{Reg, text};
 use havmsi_operations::{
-    BLOCK, Kind, OPERATIONS, Operation, PAGE, RAM, RAM_SIZE, Work, find, mark, port,
+    BLOCK, Kind, Load, OPERATIONS, PAGE, RAM, RAM_SIZE, Task, Work, mark, port,
 };
 use havmsi_proto::VMM_PREFIX;
 use havmsi_proto::json::Object;
@@ -22,13 +22,6 @@ const IMAGE: &str = "/havmsi/bench.bin";
 
 /// pKVM's type of VM, since Linux 7.x.
 const PROTECTED: u64 = 1 << 31;
-
-/// A mark for QEMU's plugin.
-#[inline(always)]
-fn mark<const MARK: u16>() {
-    // SAFETY: does nothing; no memory access may move across it.
-    unsafe { std::arch::asm!("movz xzr, #{}", const MARK, options(nostack, preserves_flags)) };
-}
 
 /// The guest's memory, which is at the start of a block.
 struct Ram {
@@ -71,6 +64,8 @@ impl Drop for Ram {
 /// A VM. Fields are dropped in this order: memory at last.
 struct Machine {
     vcpus: Vec<VcpuFd>,
+    /// So many of them are turned on at some time.
+    running: usize,
     _gic: DeviceFd,
     _vm: VmFd,
     _ram: Ram,
@@ -86,18 +81,20 @@ struct Setting {
 }
 
 impl Machine {
-    fn new(setting: &Setting, index: usize) -> Result<Self, String> {
+    fn new(setting: &Setting, Task { index, load }: Task) -> Result<Self, String> {
         let operation = &OPERATIONS[index];
+        let more_ram = if let Load::Ram(mib) = load { u64::from(mib) << 20 } else { 0 };
+        let size = RAM_SIZE + more_ram;
         let (image, gic) = (&setting.image, setting.gic);
         let vm = setting.kvm.create_vm_with_type(setting.kind).map_err(text("KVM_CREATE_VM"))?;
-        let ram = Ram::new(RAM_SIZE, operation.kind == Kind::Touch(BLOCK))?;
+        let ram = Ram::new(size, operation.kind == Kind::Touch(BLOCK))?;
         // SAFETY: the mapping is larger than that, and there are no references to it.
         unsafe { std::ptr::copy_nonoverlapping(image.as_ptr(), ram.start, image.len()) };
         let region = kvm_userspace_memory_region {
             slot: 0,
             flags: 0,
             guest_phys_addr: RAM,
-            memory_size: RAM_SIZE,
+            memory_size: size,
             userspace_addr: ram.start.expose_provenance() as u64,
         };
         // SAFETY: a mapping that outlives the VM, and is never reached through a reference.
@@ -106,18 +103,22 @@ impl Machine {
         vm.get_preferred_target(&mut init).map_err(text("preferred target"))?;
         init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
         let mut vcpus = Vec::new();
-        for i in 0..operation.kind.vcpus() {
+        let count = if let Load::Vcpus(n) = load { n.into() } else { operation.kind.vcpus() };
+        for i in 0..count {
             let vcpu = vm.create_vcpu(i).map_err(text("KVM_CREATE_VCPU"))?;
             vcpu.vcpu_init(&init).map_err(text("KVM_ARM_VCPU_INIT"))?;
             init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
             vcpus.push(vcpu);
         }
         let device = gic::create(&vm, gic)?;
-        for (reg, value) in [(Reg::Pc, RAM), (Reg::X(0), index as u64), (Reg::X(1), gic)] {
+        let registers =
+            [(Reg::Pc, RAM), (Reg::X(0), index as u64), (Reg::X(1), gic), (Reg::X(2), more_ram)];
+        for (reg, value) in registers {
             let set = vcpus[0].set_one_reg(reg.id(), &value.to_le_bytes());
             set.map_err(text("KVM_SET_ONE_REG"))?;
         }
-        Ok(Self { vcpus, _gic: device, _vm: vm, _ram: ram })
+        let running = usize::try_from(operation.kind.vcpus()).unwrap_or(1);
+        Ok(Self { vcpus, running, _gic: device, _vm: vm, _ram: ram })
     }
 }
 
@@ -159,6 +160,7 @@ fn run(vcpu: &mut VcpuFd) -> Result<Vec<u64>, String> {
 
 fn run_all(machine: &mut Machine) -> Result<Vec<u64>, String> {
     let (first, others) = machine.vcpus.split_at_mut(1);
+    let others = &mut others[..machine.running - 1];
     std::thread::scope(|scope| {
         let others: Vec<_> = others
             .iter_mut()
@@ -179,28 +181,25 @@ fn run_all(machine: &mut Machine) -> Result<Vec<u64>, String> {
 }
 
 /// Carries out records of something the host does.
-fn records(
-    operation: &Operation,
-    mut once: impl FnMut() -> Result<(), String>,
-) -> Result<(), String> {
+fn records(task: Task, mut once: impl FnMut() -> Result<(), String>) -> Result<(), String> {
     // The first one is not like the others: code and caches of the kernel come in.
-    for record in 0..=operation.records {
+    for record in 0..=task.records() {
         if record > 0 {
-            mark::<{ mark::START }>();
+            mark::put::<{ mark::START }>();
         }
-        for _ in 0..operation.times {
+        for _ in 0..task.operation().times {
             once()?;
         }
-        mark::<{ mark::STOP }>();
+        mark::put::<{ mark::STOP }>();
     }
     Ok(())
 }
 
 /// What the host itself pays: no VM.
-fn host(operation: &Operation, work: Work) -> Result<(), String> {
+fn host(task: Task, work: Work) -> Result<(), String> {
     let failed = |e: Error| e.to_string();
     match work {
-        Work::Process => records(operation, || {
+        Work::Process => records(task, || {
             let status = Command::new("/bin/busybox").arg("true").status().map_err(failed)?;
             if status.success() { Ok(()) } else { Err(format!("busybox: {status}")) }
         }),
@@ -215,14 +214,14 @@ fn host(operation: &Operation, work: Work) -> Result<(), String> {
                 }
                 Ok(())
             });
-            records(operation, || {
+            records(task, || {
                 out.write_all(&[1]).map_err(failed)?;
                 back.read_exact(&mut [0]).map_err(failed)
             })?;
             drop(out);
             other.join().map_err(|_| "the other thread died")?
         }
-        Work::Memory => records(operation, || {
+        Work::Memory => records(task, || {
             let ram = Ram::new(64 * PAGE, false)?;
             for page in 0..64 {
                 // SAFETY: inside the mapping, to which there are no references.
@@ -233,27 +232,38 @@ fn host(operation: &Operation, work: Work) -> Result<(), String> {
     }
 }
 
-fn measure(setting: &Setting, index: usize) -> Result<Vec<u64>, String> {
-    let operation = &OPERATIONS[index];
-    let new = || Machine::new(setting, index);
-    mark::<{ mark::NEXT }>();
+fn measure(setting: &Setting, task: Task) -> Result<Vec<u64>, String> {
+    let operation = task.operation();
+    let new = || Machine::new(setting, task);
+    mark::put::<{ mark::NEXT }>();
+    let mut others = Vec::new();
+    if let Load::Vms(n) = task.load {
+        // A guest that does nothing but say that it was there.
+        let start = OPERATIONS.iter().position(|o| o.kind == Kind::Start);
+        let start = Task::plain(start.ok_or("no such operation")?);
+        for _ in 1..n {
+            let mut other = Machine::new(setting, start)?;
+            run_all(&mut other)?;
+            others.push(other);
+        }
+    }
     match operation.kind {
-        Kind::Host(work) => host(operation, work).map(|()| vec![]),
+        Kind::Host(work) => host(task, work).map(|()| vec![]),
         Kind::Start | Kind::End => {
             // The first one is not like the others: code and caches of the kernel come in.
-            for record in 0..=operation.records {
+            for record in 0..=task.records() {
                 let measured = |kind| record > 0 && operation.kind == kind;
                 if measured(Kind::Start) {
-                    mark::<{ mark::START }>();
+                    mark::put::<{ mark::START }>();
                 }
                 let mut machine = new()?;
                 run_all(&mut machine)?;
                 if measured(Kind::End) {
-                    mark::<{ mark::START }>();
+                    mark::put::<{ mark::START }>();
                 }
                 drop(machine);
                 if measured(Kind::End) {
-                    mark::<{ mark::STOP }>();
+                    mark::put::<{ mark::STOP }>();
                 }
             }
             Ok(vec![])
@@ -262,15 +272,15 @@ fn measure(setting: &Setting, index: usize) -> Result<Vec<u64>, String> {
     }
 }
 
-fn line(operation: &Operation, ticks: &[u64]) {
+fn line(task: Task, ticks: &[u64]) {
     let ticks: Vec<String> = ticks.iter().map(u64::to_string).collect();
     let object = Object::event("bench")
-        .text("operation", operation.name)
+        .text("operation", &task.to_string())
         .value("ticks", format!("[{}]", ticks.join(",")));
     println!("{VMM_PREFIX}{}", object.finish());
 }
 
-/// `havmsi-vmm bench GIC plain|protected NAME`: measures an operation. `protected`: in a VM of pKVM's.
+/// `havmsi-vmm bench GIC plain|protected NAME`: measures an operation (a `Task`'s text). `protected`: in a VM of pKVM's.
 pub fn main(args: &[String]) -> Result<(), String> {
     const USAGE: &str = "usage: havmsi-vmm bench 2|3 plain|protected NAME";
     let [gic, kind, name] = args else { return Err(USAGE.to_owned()) };
@@ -280,11 +290,11 @@ pub fn main(args: &[String]) -> Result<(), String> {
         "protected" => PROTECTED,
         _ => return Err(USAGE.to_owned()),
     };
-    let index = find(name).ok_or(format!("no operation `{name}`"))?;
+    let task = Task::parse(name).ok_or(format!("no operation `{name}`"))?;
     pin(0)?;
     let image = std::fs::read(IMAGE).map_err(|e| format!("{IMAGE}: {e}"))?;
     let kvm = Kvm::new().map_err(text("/dev/kvm"))?;
-    let ticks = measure(&Setting { kvm, kind, image, gic }, index)?;
-    line(&OPERATIONS[index], &ticks);
+    let ticks = measure(&Setting { kvm, kind, image, gic }, task)?;
+    line(task, &ticks);
     Ok(())
 }

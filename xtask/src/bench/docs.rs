@@ -8,7 +8,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::quick::{self, place};
-use super::report::{Report, Row, Three, table};
+use super::report::{Report, Row, Three, not_on_pkvm, table};
+use super::{applications, scaling};
 use crate::{Ctx, sh, ui};
 
 /// Between these lines of the README everything is generated.
@@ -146,34 +147,37 @@ fn text(report: &Report) -> String {
     if let Some(why) = &report.pkvm_left_out {
         text.push_str(&format!("pKVM is left out: {why}.\n\n"));
     } else {
-        let mut lines: Vec<String> = Vec::new();
-        for row in report.rows.iter().filter(|r| r.gic == 3) {
-            if let Some(why) = &row.pkvm_why {
-                lines.push(format!("- `{}` on pKVM: {why}\n", row.operation));
-            }
+        for why in not_on_pkvm(report) {
+            text.push_str(&format!("- {why}\n"));
         }
-        if report.rows.iter().any(|r| r.gic == 2) {
-            lines.push("- GICv2: pKVM refuses to start (it needs a GICv3)\n".to_owned());
-        }
-        text.push_str(&(lines.concat() + "\n"));
+        text.push('\n');
     }
     text.push_str(&format!(
-        "The same with each transition more than KVM's charged with {CYCLES:.0} cycles, an upper bound for a Cortex-A57 \
-         (see below), and each instruction with one:\n\n\
-         | operation | GIC | transitions more | cycles for them, at most | HA-VMSI to KVM then |\n|---|---|---:|---:|---:|\n"
+        "The same with a charge of {CYCLES:.0} cycles for transitions, an upper bound for a Cortex-A57 (see below), and one cycle for \
+         each instruction: HA-VMSI to KVM if all transitions are charged, and if only those are that HA-VMSI has more:\n\n\
+         | operation | GIC | transitions KVM | HA-VMSI | all charged | only what is more |\n|---|---|---:|---:|---:|---:|\n"
     ));
-    for row in &report.rows {
-        let more = row.transitions.havmsi - row.transitions.kvm;
-        let n = &row.instructions;
+    for row in report.rows.iter().filter(|r| !r.operation.starts_with("host-")) {
+        let (n, t) = (&row.instructions, &row.transitions);
         text.push_str(&format!(
-            "| `{}` | v{} | {more:.1} | {:.0} | {:.2} |\n",
+            "| `{}` | v{} | {:.1} | {:.1} | {:.2} | {:.2} |\n",
             row.operation,
             row.gic,
-            more * CYCLES,
-            (n.havmsi + more * CYCLES) / n.kvm,
+            t.kvm,
+            t.havmsi,
+            (n.havmsi + t.havmsi * CYCLES) / (n.kvm + t.kvm * CYCLES),
+            (n.havmsi + (t.havmsi - t.kvm).max(0.0) * CYCLES) / n.kvm,
         ));
     }
     text.push('\n');
+    if !report.applications.is_empty() {
+        text.push_str("A Linux guest under QEMU, on a GICv3:\n\n");
+        text.push_str(&(applications::table(&report.applications) + "\n"));
+    }
+    if !report.scaling.is_empty() {
+        text.push_str("How costs grow, on a GICv3:\n\n");
+        text.push_str(&(scaling::table(&report.scaling) + "\n"));
+    }
     for plot in PLOTS {
         text.push_str(&format!("![{}]({})\n\n", plot.title, plot.file));
     }
@@ -239,7 +243,7 @@ mod tests {
     fn transitions_are_charged() {
         let mut report = report([1000.0, 801.0, 180.0]);
         report.kernels.kvm = "6.12".to_owned();
-        // One more than KVM's 800: (1000 + 324) / 800.
-        assert!(text(&report).contains("| 1.0 | 324 | 1.66 |"), "{}", text(&report));
+        // One more than KVM's 800: (1000 + 801 * 324) / (800 + 800 * 324), (1000 + 324) / 800.
+        assert!(text(&report).contains("| 800.0 | 801.0 | 1.00 | 1.66 |"), "{}", text(&report));
     }
 }

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use clap::{Args as ClapArgs, ValueEnum};
 
+use havmsi_operations::Task;
+
 use super::counts::special;
 use super::symbols::Symbols;
 use super::{Measured, Parts, System, measure, operation};
@@ -148,6 +150,7 @@ fn callers(measured: &Measured, symbols: &Symbols, top: usize) -> String {
 /// The `profile` verb.
 pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
     let parts = Parts::build(ctx)?;
+    let tasks: Vec<Task> = args.operations.iter().map(|i| Task::plain(*i)).collect();
     let systems = match args.on {
         Which::Kvm => vec![System::Kvm],
         Which::Havmsi => vec![System::Havmsi],
@@ -157,7 +160,7 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
     for system in systems {
         let pkvm = if system == System::Pkvm { Some(pkvm::build(ctx)?) } else { None };
         let image = pkvm.as_ref().map(Pkvm::image);
-        let machine = measure(ctx, &parts, (system, image.as_deref()), args.gic, &args.operations)?;
+        let machine = measure(ctx, &parts, (system, image.as_deref()), args.gic, &tasks)?;
         let symbols = Symbols::read(&parts, system, pkvm.map(|p| p.symbols()))?;
         for measured in machine.operations {
             let measured = measured.map_err(anyhow::Error::msg)?;

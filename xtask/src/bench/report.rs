@@ -6,7 +6,9 @@ use std::process::Command;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use super::applications::Application;
 use super::counts::Cost;
+use super::scaling::Growth;
 use super::{CPUS, ICOUNT, MEM_MIB, Measured};
 use crate::kernel::pkvm::Pkvm;
 use crate::run::Cpu;
@@ -84,6 +86,10 @@ pub struct Report {
     pub gcc: String,
     /// The result.
     pub rows: Vec<Row>,
+    /// A Linux guest.
+    pub applications: Vec<Application>,
+    /// How costs grow.
+    pub scaling: Vec<Growth>,
 }
 
 impl Report {
@@ -108,6 +114,8 @@ impl Report {
             rustc: line("rustc", &["--version"])?,
             gcc: line("aarch64-linux-gnu-gcc", &["--version"])?,
             rows: vec![],
+            applications: vec![],
+            scaling: vec![],
         })
     }
 }
@@ -142,6 +150,27 @@ pub fn row(gic: u32, all: &Three<Measured, &Measured>, pkvm_why: Option<&String>
         sysregs: of(|c| c.sysregs),
         costs,
     }
+}
+
+/// What can't be measured on pKVM, by reason.
+pub fn not_on_pkvm(report: &Report) -> Vec<String> {
+    if report.pkvm_left_out.is_some() {
+        return vec![];
+    }
+    let mut found = std::collections::BTreeMap::<&str, Vec<String>>::new();
+    for row in &report.rows {
+        if let Some(why) = &row.pkvm_why {
+            let name = format!("`{}` (GICv{})", row.operation, row.gic);
+            found.entry(why.as_str()).or_default().push(name);
+        }
+    }
+    let line = |(why, names): (&str, Vec<String>)| {
+        let all =
+            names.len() * 2 == report.rows.len() && names.iter().all(|n| n.ends_with("(GICv2)"));
+        let what = if all { "GICv2".to_owned() } else { names.join(", ") };
+        format!("not on pKVM: {what}: {why}")
+    };
+    found.into_iter().map(line).collect()
 }
 
 /// Figures of the three systems, one behind the other.
@@ -182,6 +211,7 @@ pub fn table(rows: &[Row]) -> String {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::bench::scaling::Point;
 
     /// A report of one row, in which HA-VMSI has these instructions, transitions and register accesses.
     pub fn report([instructions, transitions, sysregs]: [f64; 3]) -> Report {
@@ -207,7 +237,25 @@ pub mod tests {
                 sysregs: three(sysregs),
                 costs: Three { pkvm: Some(Cost::default()), ..Three::default() },
             }],
+            applications: vec![],
+            scaling: vec![Growth {
+                operation: "hypercall".to_owned(),
+                of: "VMs".to_owned(),
+                points: vec![Point { n: 1, kvm: 800.0, havmsi: instructions }],
+            }],
         }
+    }
+
+    #[test]
+    fn what_pkvm_can_not_do_is_told_by_reason() {
+        let mut report = report([1000.0, 5.0, 180.0]);
+        let mut other = report.rows.first().unwrap().clone();
+        (other.gic, other.pkvm_why) = (2, Some("needs a GICv3".to_owned()));
+        report.rows.push(other.clone());
+        assert_eq!(not_on_pkvm(&report), ["not on pKVM: GICv2: needs a GICv3"]);
+        (other.gic, other.pkvm_why) = (3, Some("refused".to_owned()));
+        report.rows.push(other);
+        assert!(not_on_pkvm(&report).iter().any(|l| l.ends_with("`hypercall` (GICv3): refused")));
     }
 
     #[test]

@@ -9,10 +9,12 @@ _start:
     movz    xzr, #{stop}                // the end of a VM's start
     mov     x19, x0
     mov     x20, x1
+    mov     x21, x2
     ldr     x1, =STACKS + {stack_size}
     bl      set_up
     mov     x0, x19
     mov     x1, x20
+    mov     x2, x21
     bl      {main}
 1:  wfi
     b       1b

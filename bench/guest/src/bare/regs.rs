@@ -3,13 +3,6 @@
 
 use core::arch::asm;
 
-/// A mark for QEMU's plugin.
-#[inline(always)]
-pub fn mark<const MARK: u16>() {
-    // SAFETY: does nothing; no memory access may move across it.
-    unsafe { asm!("movz xzr, #{}", const MARK, options(nostack, preserves_flags)) };
-}
-
 /// The virtual counter.
 #[inline(always)]
 pub fn counter() -> u64 {
