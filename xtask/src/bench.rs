@@ -54,6 +54,9 @@ pub struct Args {
     /// Write the figures and what is made of them to docs/benchmarks
     #[arg(long, conflicts_with_all = ["only", "gic", "no_pkvm"])]
     pub docs: bool,
+    /// Don't measure: figures from a result of `--all --json`
+    #[arg(long, value_name = "FILE", requires = "docs")]
+    pub from: Option<PathBuf>,
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -344,6 +347,9 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
     if let Some(path) = &args.json {
         // Found out now rather than at the end.
         File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(path) = &args.from {
+        return docs::write(ctx, &quick::read(path)?);
     }
     let committed = if args.quick { Some(quick::committed(ctx)?) } else { None };
     let all: Vec<usize> = (0..OPERATIONS.len()).collect();

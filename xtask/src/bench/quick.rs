@@ -2,7 +2,7 @@
 //! `bench --quick`: counts that have risen over the committed figures.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use havmsi_operations::OPERATIONS;
@@ -20,13 +20,16 @@ pub fn place(ctx: &Ctx) -> PathBuf {
     ctx.root.join("docs/benchmarks/figures.json")
 }
 
+/// A report that was written before.
+pub fn read(path: &Path) -> Result<Report> {
+    let text = fs::read(path)
+        .with_context(|| format!("no figures at {}: `cargo xtask bench --docs`", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{}", path.display()))
+}
+
 /// The committed figures.
 pub fn committed(ctx: &Ctx) -> Result<Report> {
-    let place = place(ctx);
-    let text = fs::read(&place).with_context(|| {
-        format!("no figures at {}: `cargo xtask bench --docs`", place.display())
-    })?;
-    serde_json::from_slice(&text).with_context(|| format!("{}", place.display()))
+    read(&place(ctx))
 }
 
 /// What is worse now.
