@@ -383,7 +383,10 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
                     // The PC is behind the call: back, until it is answered.
                     context.frame.elr = context.frame.elr.wrapping_sub(4);
                     let exit = exit::call(&pending, x[1]);
-                    context.pending = pending;
+                    context.pending = match pending {
+                        Pending::Nothing => Pending::Nothing,
+                        _ => Pending::Hypercall,
+                    };
                     return Some(exit);
                 }
             }

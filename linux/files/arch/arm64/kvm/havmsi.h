@@ -36,6 +36,8 @@ struct havmsi_vm {
 	bool launched;
 	/* Pages that the VM owns, by gfn; all are pinned. */
 	struct xarray pages;
+	/* How often some of them went; written under the lock. */
+	unsigned long drops;
 	/* Table memory that the monitor has for this VM. */
 	struct mutex pool_lock;
 	struct list_head pool;
@@ -52,6 +54,12 @@ struct havmsi_vcpu {
 	u64 exit_class;
 	u64 exit_ipa;
 	bool created;
+	/*
+	 * A large folio of which that many pages at least are the VM's, while
+	 * @drops is the VM's.
+	 */
+	struct folio *folio;
+	unsigned long own, drops;
 };
 
 /* A call to the monitor: status, results from a1 on in @res if not NULL. */

@@ -106,6 +106,7 @@ void havmsi_unpin_all(struct havmsi_vm *hv)
 	unsigned long gfn;
 	struct page *page;
 
+	hv->drops++;
 	xa_for_each(&hv->pages, gfn, page) {
 		unpin(page);
 		cond_resched();
@@ -327,22 +328,30 @@ int havmsi_map_devices(struct havmsi_vm *hv)
  * pages in the list have, and @page if @mine. May err on the safe side: pins
  * of a large folio are counted for all of it.
  */
-static bool pinned_by_others(struct havmsi_vm *hv, gfn_t gfn, struct page *page,
-			     bool mine)
+static bool pinned_by_others(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
+			     gfn_t gfn, struct page *page, bool mine)
 {
 	struct folio *folio = page_folio(page);
-	unsigned long first, i, own = mine;
+	unsigned long first, i, own = 0;
 	struct page *other;
 
 	if (!folio_test_large(folio))
 		return (unsigned int)folio_ref_count(folio) >=
 		       2 * GUP_PIN_COUNTING_BIAS;
 
+	/* Pages are touched one after the other: don't count all each time. */
+	if (hvcpu->folio == folio && hvcpu->drops == hv->drops &&
+	    atomic_read(&folio->_pincount) <= hvcpu->own + mine)
+		return false;
+
 	first = gfn - min_t(gfn_t, gfn, folio_page_idx(folio, page));
 	xa_for_each_range(&hv->pages, i, other, first,
 			  first + folio_nr_pages(folio) - 1)
 		own += page_folio(other) == folio;
-	return atomic_read(&folio->_pincount) > own;
+	hvcpu->folio = folio;
+	hvcpu->own = own;
+	hvcpu->drops = hv->drops;
+	return atomic_read(&folio->_pincount) > own + mine;
 }
 
 /* A device or a system call is at it: the guest comes again in a moment. */
@@ -366,7 +375,7 @@ static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
 
 	down_read(&hv->lock);
 	page = xa_load(&hv->pages, gfn);
-	if (page && pinned_by_others(hv, gfn, page, false)) {
+	if (page && pinned_by_others(hvcpu, hv, gfn, page, false)) {
 		/* No answer. */
 		hvcpu->exit_class = HAVMSI_EXIT_IRQ;
 		ret = not_yet();
@@ -380,6 +389,7 @@ static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
 /* The guest wants a page of its RAM that it doesn't have yet. */
 static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 {
+	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
 	struct kvm *kvm = vcpu->kvm;
 	struct havmsi_vm *hv = kvm->arch.havmsi;
 	gfn_t gfn = ipa >> PAGE_SHIFT;
@@ -414,7 +424,7 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		goto out;
 	}
 
-	if (pinned_by_others(hv, gfn, page, true)) {
+	if (pinned_by_others(hvcpu, hv, gfn, page, true)) {
 		unpin_user_page(page);
 		ret = not_yet();
 		goto out;
@@ -443,6 +453,8 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		ret = ret == -ENOMEM ? ret : -EFAULT;
 		goto out;
 	}
+	if (hvcpu->folio == page_folio(page))
+		hvcpu->own++;
 	ret = 1;
 out:
 	up_read(&hv->lock);
@@ -480,6 +492,7 @@ void havmsi_flush_memslot(struct kvm *kvm, struct kvm_memory_slot *slot)
 	down_write(&hv->lock);
 	if (!hv->handle)
 		goto out;
+	hv->drops++;
 	xa_for_each_range(&hv->pages, gfn, page, slot->base_gfn, end - 1) {
 		struct arm_smccc_1_2_regs regs = {
 			.a0 = HAVMSI_FN_PAGE_UNMAP, .a1 = hv->handle,
