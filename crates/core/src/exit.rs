@@ -5,8 +5,9 @@
 
 use havmsi_abi::{Entry, EntryFlags, Error, Exit, ExitClass};
 
-use crate::addr::Ipa;
+use crate::addr::{Ipa, low32};
 use crate::launch::Config;
+use crate::psci::id;
 use crate::vgic::Sgi;
 
 /// Exception classes of `ESR_ELx.EC` (Arm ARM D19.2 "ESR_EL2").
@@ -414,10 +415,13 @@ pub const fn call(pending: &Pending, x1: u64) -> Exit {
     Exit { class: ExitClass::Hvc, esr: ec::HVC64 << EC_SHIFT | IL, ipa: 0, data: 0, mode: 1 }
 }
 
-/// The general registers that an exit shows: a hypercall's first four.
+/// The general registers that an exit shows: a hypercall's first four, or the first
+/// where it has no arguments: what else is there is the guest's.
 #[inline]
 pub fn shown_registers(class: ExitClass, x: &[u64; 31]) -> [u64; 4] {
-    if class == ExitClass::Hvc { [x[0], x[1], x[2], x[3]] } else { [0; 4] }
+    let bare = matches!(low32(x[0]), id::CPU_OFF | id::SYSTEM_OFF | id::SYSTEM_RESET);
+    let shown = |i| class == ExitClass::Hvc && (i == 0 || !bare);
+    core::array::from_fn(|i| if shown(i) { x[i] } else { 0 })
 }
 
 /// What an answer does to the guest.

@@ -138,19 +138,21 @@ test!(host_calls_from_a_guest, "T20 T23");
 fn forwarded_to_the_host() -> Outcome {
     for program in [by_hvc(), by_smc()] {
         let (vm, mut vcpu) = Vm::launch(program, [0; 4])?;
-        for id in [
-            psci::CPU_SUSPEND_64,
-            0x8400_0001,
-            psci::SYSTEM_OFF,
-            psci::SYSTEM_RESET,
-            0x8400_0012,
-            0xc400_0012,
+        // How much of its arguments the host sees.
+        for (id, shown) in [
+            (psci::CPU_SUSPEND_64, u64::MAX),
+            (0x8400_0001, u64::MAX),
+            (psci::SYSTEM_OFF, 0),
+            (psci::SYSTEM_RESET, 0),
+            (0x8400_0012, u64::MAX),
+            (0xc400_0012, u64::MAX),
         ] {
-            let x = [id, 0x1111, 0x2222, 0x3333];
+            let [a, b, c] = [0x1111, 0x2222, 0x3333].map(|n| n | n << 40);
+            let x = [id, a, b, c];
             let want = Exit {
                 class: ExitClass::Hvc,
                 esr: 0x16 << 26 | 1 << 25,
-                gpr: x,
+                gpr: [id, a & shown, b & shown, c & shown],
                 mode: 1,
                 ..Exit::default()
             };

@@ -286,13 +286,24 @@ fn a_store_shows_no_more_than_it_stores() {
 }
 
 #[test]
-fn a_hypercall_shows_four_registers() {
-    let x = registers();
+fn a_hypercall_shows_its_arguments() {
+    let mut x = registers();
     let exit = call(&Pending::Hypercall, x[1]);
     let expected = Exit { class: ExitClass::Hvc, esr: 0x16 << 26 | IL, mode: 1, ..Exit::default() };
     assert_eq!(exit, expected);
-    assert_eq!(shown_registers(exit.class, &x), [x[0], x[1], x[2], x[3]]);
-    assert_eq!(shown_registers(ExitClass::MmioWrite, &x), [0; 4]);
+    for (function, [a, b, c]) in [
+        (0xc400_0003, [x[1], x[2], x[3]]),
+        (0xc400_0001, [x[1], x[2], x[3]]),
+        (0xc600_0004, [x[1], x[2], x[3]]),
+        (0x8400_0003, [x[1], x[2], x[3]]),
+        (0x8400_0002, [0; 3]),
+        (0x8400_0008, [0; 3]),
+        (0x8400_0009, [0; 3]),
+    ] {
+        x[0] = 1 << 32 | function;
+        assert_eq!(shown_registers(exit.class, &x), [x[0], a, b, c]);
+        assert_eq!(shown_registers(ExitClass::MmioWrite, &x), [0; 4]);
+    }
 }
 
 #[test]
