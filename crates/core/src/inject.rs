@@ -128,6 +128,8 @@ mod tests {
         let all = !spsr::MODE & !spsr::PAN;
         assert_eq!(synchronous(all, span, VBAR).pstate, 0x3c5 | spsr::NZCV | spsr::DIT);
         assert_eq!(synchronous(0x9000_0010, span, VBAR).pstate, 0x9000_03c5);
+        // AArch32 has its DIT elsewhere: this bit is another one there.
+        assert_eq!(synchronous(0x9100_0010, span, VBAR).pstate, 0x9000_03c5);
     }
 
     #[test]
