@@ -120,6 +120,7 @@ impl RunPage {
 
 /// The vCPU that a CPU runs.
 struct Current {
+    world: &'static host::World,
     vm: &'static SpinMutex<Vm>,
     idx: u64,
     config: Config,
@@ -173,7 +174,9 @@ fn enter(
     let mut locked = vm.lock();
     locked.check_handle(handle)?;
     let run = locked.runnable(idx)?;
+    let world = host::world();
     let current = local.current.insert(Current {
+        world,
         vm,
         idx,
         config: run.config,
@@ -190,8 +193,7 @@ fn enter(
         current.context.pending = Pending::Nothing;
     }
     let mut answer = exit::answer(&current.context.pending, &entry)?;
-    let vgic = &host::world().vgic;
-    let implemented = if run.config.gic == 0 { 0 } else { vgic.list_registers() };
+    let implemented = if run.config.gic == 0 { 0 } else { world.vgic.list_registers() };
     let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
     current.used_lrs = used_lrs;
     locked.take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
@@ -205,7 +207,7 @@ fn enter(
     let context = &mut *current.context;
     if context.pending == Pending::Hypercall {
         let [x0, x1, ..] = context.frame.x;
-        hypercall::answered(host::world(), &mut locked, idx, [x0, x1], &mut answer);
+        hypercall::answered(world, &mut locked, idx, [x0, x1], &mut answer);
     }
     drop(locked);
     if !havmsi_core::left_out!(AnswerOnce) {
@@ -237,12 +239,12 @@ fn enter(
     unsafe { scr_el3::write(host::SCR_GUEST) };
     if run.config.gic != 0 {
         let hcr = entry.ich_hcr & policy::HCR_ALLOWED;
-        vgic.load(&context.vgic, hcr, entry.lr.get(..used_lrs).unwrap_or(&entry.lr));
+        world.vgic.load(&context.vgic, hcr, entry.lr.get(..used_lrs).unwrap_or(&entry.lr));
     } else if !havmsi_core::left_out!(CloseGic) {
-        vgic.close();
+        world.vgic.close();
     }
     // This is a guest's DISR_EL1, and would tell it what the last one left there.
-    if host::world().ras {
+    if world.ras {
         vdisr_el2::write(0);
     }
     let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
@@ -377,7 +379,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         Action::Hypercall => {
             let x = exit::shown_registers(ExitClass::Hvc, &context.frame.x);
             havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return None });
-            match hypercall::call(host::world(), &mut vm.lock(), idx, x, vms::random) {
+            match hypercall::call(current.world, &mut vm.lock(), idx, x, vms::random) {
                 Ok(results) => context.frame.x[..4].copy_from_slice(&results),
                 Err(pending) => {
                     // The PC is behind the call: back, until it is answered.
@@ -411,7 +413,7 @@ fn leave(host_el1: &El1State, current: &mut Current, why: &Exit) {
     let page = current.page;
     let context = &mut *current.context;
     let mut undelivered = 0;
-    host::world().vgic.save(&mut context.vgic, used, |n, lr| {
+    current.world.vgic.save(&mut context.vgic, used, |n, lr| {
         undelivered |= policy::pending_sgi(lr);
         page.tell(WORDS_EXIT_CAUSE + 1 + n, lr);
     });

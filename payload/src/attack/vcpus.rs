@@ -208,6 +208,7 @@ fn off(_: &mut Victim) -> Outcome {
     second.report(0x210)?;
     let exit = second.expect(ExitClass::Hvc)?;
     let off = exit.gpr[0] == psci::CPU_OFF;
+    second.answer([0; 4]);
     let result = second.run_once();
     verdict(
         off && result.is_ok_and(|e| e.ipa == PORT + 0x218),
