@@ -158,31 +158,31 @@ pub fn count(ctx: &Ctx) -> Result<Summary> {
 /// The source files that went into an artefact, from the compiler's own dependency file.
 fn dep_info(artifact: &Path, name: &str, root: &Path) -> Result<BTreeSet<PathBuf>> {
     let dir = artifact.parent().context("artefact without a folder")?;
-    let stem = artifact.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
-    let stem = stem.strip_prefix("lib").unwrap_or(stem);
-    let mut candidates =
-        vec![dir.join(format!("{stem}.d")), dir.join("deps").join(format!("{stem}.d"))];
-    // A binary is copied out of deps/ without its hash: the newest one there is it.
-    let prefix = format!("{}-", name.replace('-', "_"));
-    for deps in [dir.to_path_buf(), dir.join("deps")] {
-        let mut found: Vec<(std::time::SystemTime, PathBuf)> = Vec::new();
-        for entry in fs::read_dir(&deps).into_iter().flatten().flatten() {
-            let file = entry.file_name().to_string_lossy().into_owned();
-            if file.starts_with(&prefix) && file.ends_with(".d") {
-                found.push((entry.metadata()?.modified()?, entry.path()));
+    let file = if artifact.extension().is_none() {
+        // Cargo links a binary out of deps/, where its name ends in a hash. Builds with other
+        // features lie there too: it is the one that is the same file.
+        let deps = dir.join("deps");
+        let prefix = format!("{}-", name.replace('-', "_"));
+        let whole = fs::read(artifact)?;
+        let mut found = None;
+        for entry in fs::read_dir(&deps).with_context(|| format!("no {}", deps.display()))? {
+            let path = entry?.path();
+            let ours = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&prefix));
+            if ours && path.extension().is_none() && fs::read(&path)? == whole {
+                found = Some(path.with_extension("d"));
+                break;
             }
         }
-        found.sort();
-        if artifact.extension().is_none() {
-            candidates.splice(0..0, found.into_iter().rev().map(|f| f.1));
-        } else {
-            candidates.extend(found.into_iter().rev().map(|f| f.1));
-        }
-    }
-    let file = candidates
-        .iter()
-        .find(|p| p.is_file())
-        .with_context(|| format!("no dependency file for {name}"))?;
+        found.with_context(|| format!("no file in {} is {name}", deps.display()))?
+    } else {
+        let stem = artifact.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+        let stem = stem.strip_prefix("lib").unwrap_or(stem);
+        [dir.to_path_buf(), dir.join("deps")]
+            .into_iter()
+            .map(|d| d.join(format!("{stem}.d")))
+            .find(|p| p.is_file())
+            .with_context(|| format!("no dependency file for {name}"))?
+    };
     let text = fs::read_to_string(file)?;
     let mut sources = BTreeSet::new();
     for line in text.lines() {
