@@ -269,7 +269,7 @@ impl<'a> World<'a> {
             6 => self.enter(handle, idx, [b, c, d, e]),
             7 => {
                 let (ipa, pa) = (place(a), some_page(b));
-                let result = self.on(handle, |vm, m| vm.map_page(m, ipa, pa));
+                let result = self.on(handle, |vm, m| vm.map_page(m, ipa, pa, [0; 2]));
                 Self::same("PAGE_MAP", &result, &self.model.donate(handle, ipa, pa, false));
             }
             8 => {

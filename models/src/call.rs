@@ -173,7 +173,7 @@ impl Op {
                 vm.populate(m, place(at).0, page(pa).0, &mut [0; 4096])?;
             }
             Self::Activate(_) => drop(vm.activate(m)?),
-            Self::Map(_, at, pa) => vm.map_page(m, place(at).0, page(pa).0)?,
+            Self::Map(_, at, pa) => vm.map_page(m, place(at).0, page(pa).0, [0; 2])?,
             Self::Unmap(_, at, n) => vm.unmap_pages(m, place(at).0, u64::from(n))?,
             Self::UnmapSwapped(_, at, n) => {
                 m.stop(Stop::LockMap);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The calls of the host that are the monitor's own (`docs/abi.md`).
 
-use havmsi_abi::{Error, Function, MAX_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION};
+use havmsi_abi::{Error, FEATURE_SEALING, Function, MAX_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION};
 use havmsi_core::addr::{Pa, words};
 use havmsi_core::guest_map::MapError;
 use havmsi_core::launch::{Boot, Config};
@@ -40,7 +40,9 @@ pub fn host_call(function: u32, args: &[u64; 8]) -> Results {
 fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], MapError> {
     let [_, a1, a2, a3, a4, a5, a6, a7] = *args;
     match function {
-        Function::Version => return Ok([VERSION, 0, 0, 0, 0, 0]),
+        Function::Version => {
+            return Ok([VERSION, vms::random().map_or(0, |_| FEATURE_SEALING), 0, 0, 0, 0]);
+        }
         Function::CpuInfo => {
             return Ok([world.vgic.vtr(), world.gic.version(), MAX_IPA_BITS, 0, 0, 0]);
         }
@@ -81,10 +83,16 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
             cntvoff_el2::write(offset);
         }
         Function::PageMap if a4 != havmsi_abi::PAGE_SIZE => return Err(Error::Invalid.into()),
-        Function::PageMap => with_vm(a1, |vm| vm.map_page(world, a2, a3))?,
+        Function::PageMap => {
+            let result = with_vm(a1, |vm| vm.map_page(world, a2, a3, [a5, a6]));
+            if result == Err(Error::Integrity.into()) {
+                log!("VM {a1:#x} stopped: what came back at {a2:#x} is not what was sealed");
+            }
+            result?;
+        }
         Function::PageUnmap => {
-            with_vm(a1, |vm| vm.unmap_pages(world, a2, a3))?;
-            return Ok([a3, 0, 0, 0, 0, 0]);
+            let (done, [low, high]) = with_vm(a1, |vm| vm.unmap_pages(world, a2, a3))?;
+            return Ok([done, low, high, 0, 0, 0]);
         }
         Function::MapDev => {
             if !platform::is_virtual_cpu_interface(a3, world.gic.version())

@@ -30,6 +30,7 @@ use spin::mutex::SpinMutex;
 use crate::cpu::this_cpu;
 use crate::mmu;
 use crate::platform::{self, Facts};
+use crate::vms;
 
 /// All that is shared between the CPUs.
 pub struct World {
@@ -58,6 +59,10 @@ impl Transitions for World {
 
     fn pages(&self) -> &Pages<'_> {
         &self.pages
+    }
+
+    fn random(&self) -> Option<[u64; 4]> {
+        vms::random()
     }
 
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {

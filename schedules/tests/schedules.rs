@@ -106,7 +106,7 @@ impl<'a> Board<'a> {
     }
 
     fn map(&self, handle: u64, ipa: u64, page: Pa) -> Called {
-        self.call(handle, |vm| vm.map_page(&self.m, ipa, page.0))
+        self.call(handle, |vm| vm.map_page(&self.m, ipa, page.0, [0; 2]))
     }
 
     fn unmap(&self, handle: u64, ipa: u64, n: u64) -> Called {
@@ -550,7 +550,7 @@ fn handle_before_the_lock(board: &Board<'_>) {
         || patient(|| board.destroy(a)).map(|()| board.active()),
         || {
             board.call(a, |_| Ok::<_, Error>(()))?;
-            board.vms[0].lock().unwrap().map_page(&board.m, RAM, host_page(0).0)
+            board.vms[0].lock().unwrap().map_page(&board.m, RAM, host_page(0).0, [0; 2])
         },
     );
     if ended.is_ok() {

@@ -22,9 +22,12 @@ pub use run_page::{
 /// Major version; a host must refuse a monitor with another one.
 pub const VERSION_MAJOR: u32 = 1;
 /// Minor version; grows when calls or exits are added.
-pub const VERSION_MINOR: u32 = 1;
+pub const VERSION_MINOR: u32 = 2;
 /// What [`Function::Version`] returns in `x1`.
 pub const VERSION: u64 = ((VERSION_MAJOR as u64) << 16) | VERSION_MINOR as u64;
+
+/// Feature: pages that the host takes back are sealed; there is entropy for it.
+pub const FEATURE_SEALING: u64 = 1;
 
 /// The answer to [`UID_CALL`], in `w0` to `w3` (SMCCC "Call UID query").
 pub const UID: [u32; 4] = [0x4b2f_7d1c, 0x96e3_a85d, 0x5e0b_41c2, 0xd719_4f3a];
@@ -96,9 +99,10 @@ functions! {
     VcpuRun = 9,
     /// `vm or 0`: loads CNTVOFF_EL2 for the host's use.
     TimerLoad = 10,
-    /// `vm, ipa, pa, size`: donates a page; its content is zeroed.
+    /// `vm, ipa, pa, size, tag (2 x u64)`: donates a page; its content is zeroed, or
+    /// what was sealed there is unsealed.
     PageMap = 11,
-    /// `vm, ipa, n -> done`: pages come back to the host, wiped.
+    /// `vm, ipa, n -> done, tag (2 x u64)`: the first page comes back to the host, sealed.
     PageUnmap = 12,
     /// `vm, ipa, pa`: maps a page of the GICv2 virtual CPU interface.
     MapDev = 13,

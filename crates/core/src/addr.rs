@@ -43,7 +43,7 @@ pub fn index(n: u64) -> usize {
 }
 
 /// A hash as registers hold it: in memory order, little endian.
-pub fn words(hash: &[u8; 32]) -> [u64; 4] {
+pub fn words<const N: usize>(hash: &[u8]) -> [u64; N] {
     core::array::from_fn(|i| u64::from_le_bytes(hash.as_chunks().0[i]))
 }
 

@@ -361,8 +361,9 @@ impl<'a, H: Hardware> Audit<'a, H> {
         let before = self.found;
         let tables = self.walk(vm.map.root, Owner::Table(slot), |audit, ipa, entry, size| {
             let form = Violation::GuestLeaf(slot, ipa, entry);
-            if entry == Entry::LOST {
-                return if vm.is_ram(ipa) { Ok(()) } else { Err(form) };
+            if let Some(version) = entry.gone_version() {
+                let was = vm.is_ram(ipa) && size == PAGE_SIZE && version <= vm.seal.version();
+                return if was { Ok(()) } else { Err(form) };
             }
             let pa = entry.address();
             if size != PAGE_SIZE || ipa.0 >> vm.config.ipa_bits != 0 {

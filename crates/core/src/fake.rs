@@ -208,6 +208,12 @@ impl State {
         let to = entry.address().0;
         if is_guest(table.vttbr) {
             *self.guest_leaves.entry(to).or_default() += 1;
+            // The host has it, and goes on having it.
+            if self.leaves.contains_key(&to)
+                || self.blocks.iter().any(|(at, size)| *at <= to && to - at < *size)
+            {
+                self.shared.insert(to, ());
+            }
         } else if self.guest_leaves.contains_key(&to) {
             self.shared.insert(to, ());
         }
@@ -516,6 +522,8 @@ pub struct FakeMachine<'a> {
     pub pages: Pages<'a>,
     /// The host's map.
     pub host: Mutex<HostMap>,
+    /// Whether there are random numbers: always the same.
+    pub entropy: bool,
 }
 
 impl<'a> FakeMachine<'a> {
@@ -543,7 +551,7 @@ impl<'a> FakeMachine<'a> {
             hw.watch(stage2::vttbr(root(VmSlot(slot)), VmSlot(slot).vmid()));
         }
         hw.take_events();
-        Self { hw, pages, host: Mutex::new(host) }
+        Self { hw, pages, host: Mutex::new(host), entropy: true }
     }
 
     /// The host's leaf for a page.
@@ -559,6 +567,9 @@ impl Machine for FakeMachine<'_> {
     }
     fn pages(&self) -> &Pages<'_> {
         &self.pages
+    }
+    fn random(&self) -> Option<[u64; 4]> {
+        self.entropy.then_some([0x5eed; 4])
     }
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
         f(&mut self.host.lock().unwrap_or_else(std::sync::PoisonError::into_inner))

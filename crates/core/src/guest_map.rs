@@ -94,12 +94,12 @@ impl GuestMap {
     /// touched, so that a refused call has changed nothing.
     ///
     /// # Errors
-    /// [`MapError::Other(Error::Denied)`] if `ipa` is mapped, or was and is lost until the VM is
-    /// reset; [`MapError::Tables`] if the pool is short.
+    /// [`MapError::Other(Error::Denied)`] if `ipa` is mapped; [`MapError::Tables`] if the
+    /// pool is short.
     pub fn check(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(), MapError> {
         left_out!(Occupied => if self.find(hw, ipa).is_ok() { return Ok(()) });
         match self.find(hw, ipa) {
-            Ok(table) if hw.read_entry(table, level3_index(ipa)) != Entry::INVALID.0 => {
+            Ok(table) if Entry(hw.read_entry(table, level3_index(ipa))).is_valid() => {
                 Err(MapError::Other(Error::Denied))
             }
             Err(missing) if missing > self.pool.len => {
@@ -135,14 +135,20 @@ impl GuestMap {
     }
 
     /// Gives a clean page to the VM at `ipa` (I4: the token is used up, so the
-    /// page can't be mapped a second time).
+    /// page can't be mapped a second time), private or shared as `owner` says.
     ///
     /// # Errors
     /// As [`Self::check`]; the page is the host's again then.
-    pub fn map(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapError> {
+    pub fn map(
+        &mut self,
+        m: &impl Machine,
+        ipa: Ipa,
+        page: Page<Clean>,
+        owner: Owner,
+    ) -> Result<(), MapError> {
         let result = self.insert(m.hw(), ipa, Entry::page(page.pa(), Attributes::Memory));
         match result {
-            Ok(()) => m.pages().settle(page, Owner::Private(self.slot)),
+            Ok(()) => m.pages().settle(page, owner),
             // Not after a `check` under the same lock; still it must not be lost.
             Err(_) => give_to_host(m, page),
         }
@@ -150,9 +156,10 @@ impl GuestMap {
     }
 
     /// Takes the page at `ipa` out of the map and of all TLBs; `None` if there
-    /// is none. Its place stays empty until a teardown ([`Entry::LOST`]). A
-    /// device page is only unmapped.
-    pub fn unmap(&mut self, m: &impl Machine, ipa: Ipa) -> Option<Page<Isolated>> {
+    /// is none. Its place says so until it is filled again, or a teardown: with
+    /// `version`, or 0 if the page was shared ([`Entry::gone`]). A device page is only
+    /// unmapped.
+    pub fn unmap(&mut self, m: &impl Machine, ipa: Ipa, version: u64) -> Option<Page<Isolated>> {
         let (hw, pages) = (m.hw(), m.pages());
         let table = self.find(hw, ipa).ok()?;
         let slot = level3_index(ipa);
@@ -160,11 +167,13 @@ impl GuestMap {
         if !entry.is_valid() {
             return None;
         }
-        hw.write_entry(table, slot, Entry::LOST.0);
+        let page = self.release(pages, entry);
+        let version = if page.as_ref().is_some_and(Page::is_shared) { 0 } else { version };
+        hw.write_entry(table, slot, Entry::gone(version).0);
         left_out!(Lost => hw.write_entry(table, slot, Entry::INVALID.0));
-        left_out!(GuestTlb => return self.release(pages, entry));
+        left_out!(GuestTlb => return page);
         hw.invalidate_guest(self.vttbr(), ipa);
-        self.release(pages, entry)
+        page
     }
 
     /// The page of a leaf that is gone: this VM's, or none if it was a device's. Of
@@ -203,7 +212,7 @@ impl GuestMap {
         let start = level3_index(ipa);
         for slot in start..ENTRIES {
             let entry = Entry(hw.read_entry(parent, slot));
-            if entry == Entry::LOST {
+            if entry.gone_version().is_some() {
                 hw.write_entry(parent, slot, Entry::INVALID.0);
             }
             if !entry.is_valid() {

@@ -2,13 +2,13 @@
 //! A hostile host: random calls about two VMs, with every invariant checked
 //! after each. See `DESIGN` I1 to I7.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::vec::Vec;
 use std::{format, vec};
 
 use havmsi_abi::{Error, PAGE_SIZE};
 use proptest::prelude::*;
-use proptest::test_runner::TestCaseResult;
+use proptest::test_runner::{TestCaseError, TestCaseResult};
 
 use crate::addr::{Ipa, Pa};
 use crate::fake::{
@@ -18,6 +18,7 @@ use crate::guest_map::MapError;
 use crate::hypercall;
 use crate::launch::{Boot, Config};
 use crate::page::{Owner, VmSlot};
+use crate::seal::Tag;
 use crate::stage2::{Attributes, Entry, level1_index, level2_index, level3_index, vttbr};
 use crate::vm::Vm;
 use crate::vm::tests::{Snapshot, check};
@@ -79,7 +80,11 @@ enum Op {
     Activate,
     Enter(u64),
     Leave(u64),
-    Map(u64, u64),
+    /// The place, the page, and whether the host gives back what was sealed there
+    /// last, or what it happens to have.
+    Map(u64, u64, bool),
+    /// Something that was sealed once, wherever.
+    Replay(u64, u64, usize),
     Unmap(u64, u64),
     MapDevice(u64),
     Pool(u64, u64),
@@ -131,7 +136,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Op::Activate),
         3 => vcpu().prop_map(Op::Enter),
         3 => vcpu().prop_map(Op::Leave),
-        9 => (ipa(), any_page()).prop_map(|(ipa, page)| Op::Map(ipa, page)),
+        9 => (ipa(), any_page(), prop::bool::weighted(0.95))
+            .prop_map(|(ipa, page, honest)| Op::Map(ipa, page, honest)),
+        1 => (ipa(), any_page(), any::<usize>()).prop_map(|(i, p, n)| Op::Replay(i, p, n)),
         4 => (ipa(), 0..35_u64).prop_map(|(ipa, n)| Op::Unmap(ipa, n)),
         1 => (0x801_0000..0x801_2001_u64).prop_map(|ipa| Op::MapDevice(ipa & !0x7ff)),
         2 => (any_page(), 0..6_u64).prop_map(|(page, n)| Op::Pool(page, n)),
@@ -171,12 +178,35 @@ fn slot(n: u64) -> VmSlot {
 
 type Content = [u64; WORDS];
 
+/// What the host got when it took a page.
+#[derive(Clone)]
+struct Sealed {
+    page: [u64; 512],
+    tag: Tag,
+}
+
+/// What the guest must find again.
+#[derive(Clone)]
+enum Gone {
+    /// The number of what was sealed, and what it was.
+    Sealed(usize, Content),
+    Shared,
+}
+
 struct World<'a> {
     m: &'a FakeMachine<'a>,
     vms: [Vm; 2],
     running: Vec<(usize, u64)>,
     /// What each guest's memory must hold.
     memory: BTreeMap<(usize, u64), Content>,
+    /// What the host took from each.
+    gone: BTreeMap<(usize, u64), Gone>,
+    /// All that was ever sealed.
+    sealed: Vec<Sealed>,
+    /// What guests wrote and nobody else may know.
+    secrets: BTreeSet<u64>,
+    /// VMs that stopped because of what the host gave back.
+    stopped: [bool; 2],
     /// As the last step left all.
     before: Snapshot,
 }
@@ -188,7 +218,17 @@ fn plain(error: Error) -> MapError {
 impl<'a> World<'a> {
     fn new(m: &'a FakeMachine<'a>, vms: [Vm; 2]) -> Self {
         let before = Snapshot::new(m, vms.iter());
-        Self { m, vms, running: vec![], memory: BTreeMap::new(), before }
+        Self {
+            m,
+            vms,
+            running: vec![],
+            memory: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            sealed: vec![],
+            secrets: BTreeSet::new(),
+            stopped: [false; 2],
+            before,
+        }
     }
 
     fn content(&self, pa: Pa) -> Content {
@@ -209,7 +249,59 @@ impl<'a> World<'a> {
         (entry == Entry::page(entry.address(), Attributes::Memory)).then(|| entry.address())
     }
 
-    fn act(&mut self, n: usize, op: &Op) -> Result<(), MapError> {
+    /// Which of what was sealed the host gives back; it puts it into the page.
+    fn prepare(&mut self, n: usize, op: &Op) -> Option<usize> {
+        let (at, which) = match *op {
+            Op::Map(ipa, at, true) => match self.gone.get(&(n, ipa))? {
+                Gone::Sealed(which, _) => (at, *which),
+                Gone::Shared => return None,
+            },
+            Op::Replay(_, at, which) => (at, which % self.sealed.len().max(1)),
+            _ => return None,
+        };
+        let sealed = self.sealed.get(which)?.clone();
+        let pa = page(at);
+        // Not what it lent or shares.
+        if self.m.pages.owner(pa) != Some(Owner::Host) {
+            return None;
+        }
+        for (i, word) in sealed.page.iter().enumerate() {
+            self.m.hw.poke(pa, i, *word);
+        }
+        self.before = Snapshot::new(self.m, self.vms.iter());
+        Some(which)
+    }
+
+    /// Takes a page, and remembers what came.
+    fn unmap(&mut self, n: usize, ipa: u64, count: u64) -> Result<(), MapError> {
+        let m = self.m;
+        let range = ipa..ipa.saturating_add(count.min(64) * PAGE_SIZE);
+        let first = self.memory.keys().find(|(vm, at)| *vm == n && range.contains(at)).copied();
+        let pa = first.and_then(|(_, at)| self.guest_page(n, at));
+        let shared = pa.is_some_and(|pa| matches!(m.pages.owner(pa), Some(Owner::Shared(_))));
+        let (done, tag) = self.vms[n].unmap_pages(m, ipa, count)?;
+        let (Some(key), Some(pa)) = (first, pa) else {
+            assert_eq!((done, tag), (count, [0; 2]));
+            return Ok(());
+        };
+        assert_eq!(done, (key.1 - ipa) / PAGE_SIZE + 1);
+        let content = self.memory.remove(&key).expect("known");
+        if shared {
+            assert_eq!((self.content(pa), tag), (content, [0; 2]));
+            content.iter().for_each(|word| {
+                self.secrets.remove(word);
+            });
+            self.gone.insert(key, Gone::Shared);
+        } else {
+            let page = core::array::from_fn(|i| m.hw.peek(pa, i));
+            assert!(page.iter().all(|word| !content.contains(word)), "not encrypted");
+            self.gone.insert(key, Gone::Sealed(self.sealed.len(), content));
+            self.sealed.push(Sealed { page, tag });
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, n: usize, op: &Op, tag: Tag) -> Result<(), MapError> {
         let m = self.m;
         let root = root(slot(n as u64));
         let vttbr = vttbr(root, slot(n as u64).vmid());
@@ -238,8 +330,8 @@ impl<'a> World<'a> {
                 }
                 Ok(())
             }
-            Op::Map(ipa, at) => vm.map_page(m, ipa, page(at).0),
-            Op::Unmap(ipa, count) => vm.unmap_pages(m, ipa, count).map_err(plain),
+            Op::Map(ipa, at, _) | Op::Replay(ipa, at, _) => vm.map_page(m, ipa, page(at).0, tag),
+            Op::Unmap(ipa, count) => self.unmap(n, ipa, count),
             Op::MapDevice(ipa) => vm.map_device(m, ipa, Pa(GICV)),
             Op::Pool(at, count) => vm.donate_pool(m, page(at).0, count).map_err(plain),
             Op::Reset => vm.reset(m).map_err(plain),
@@ -266,6 +358,9 @@ impl<'a> World<'a> {
                     self.m.hw.poke(pa, word, value | SECRET);
                     self.memory.get_mut(&(n, ipa & !0xfff)).expect("a known page")[word] =
                         value | SECRET;
+                    if matches!(self.m.pages.owner(pa), Some(Owner::Private(_))) {
+                        self.secrets.insert(value | SECRET);
+                    }
                 }
                 Ok(())
             }
@@ -286,14 +381,16 @@ impl<'a> World<'a> {
 
     fn step(&mut self, (n, held, op): &Step) -> TestCaseResult {
         let m = self.m;
+        let given = self.prepare(*n, op);
         let held = held.and_then(|at| m.pages.claim(page(at), Owner::Host).ok());
         let owners = |m: &FakeMachine<'_>| -> Vec<_> {
             (0..POOL).map(|at| m.pages.owner(page(at))).collect()
         };
         let owners_before = owners(m);
+        let tag = given.map_or([0; 2], |given| self.sealed[given].tag);
         let contents: Vec<_> = (0..POOL).map(|at| self.content(page(at))).collect();
         m.hw.take_events();
-        let result = self.act(*n, op);
+        let result = self.act(*n, op, tag);
         let step = matches!(op, Op::Reset | Op::Destroy) && result == Err(plain(Error::Again));
         if !matches!(op, Op::Reset | Op::Destroy) {
             // No call is long.
@@ -304,21 +401,26 @@ impl<'a> World<'a> {
         // Only these take pages from a guest.
         if result.is_ok() || step {
             match *op {
-                Op::Unmap(ipa, count) => {
-                    self.memory.retain(|(vm, at), _| {
-                        vm != n || *at < ipa || *at >= ipa + count * PAGE_SIZE
-                    });
-                }
                 Op::Reset | Op::Destroy => {
+                    self.gone.retain(|(vm, _), _| vm != n || step);
+                    self.stopped[*n] &= step;
                     let mut memory = core::mem::take(&mut self.memory);
                     memory.retain(|(vm, at), _| {
                         vm != n || step && self.guest_page(*vm, *at).is_some()
                     });
                     self.memory = memory;
                 }
-                // I7: zero, or what was measured.
-                Op::Map(ipa, _) => {
-                    self.memory.insert((*n, ipa), [0; WORDS]);
+                // I7: zero, or what was measured; or what was there when the page went.
+                Op::Map(ipa, at, _) | Op::Replay(ipa, at, _) => {
+                    let content = match self.gone.remove(&(*n, ipa)) {
+                        None => [0; WORDS],
+                        Some(Gone::Shared) => contents[crate::addr::index(at)],
+                        Some(Gone::Sealed(which, content)) => {
+                            prop_assert_eq!(given, Some(which), "not what was sealed last");
+                            content
+                        }
+                    };
+                    self.memory.insert((*n, ipa), content);
                 }
                 Op::Populate(ipa, at) => {
                     self.memory.insert((*n, ipa), contents[crate::addr::index(at)]);
@@ -326,15 +428,28 @@ impl<'a> World<'a> {
                 _ => {}
             }
         }
+        let stops = result == Err(plain(Error::Integrity)) && !self.stopped[*n];
+        if stops {
+            let (Op::Map(ipa, at, _) | Op::Replay(ipa, at, _)) = *op else {
+                return Err(TestCaseError::fail(format!("{op:?} stops the VM")));
+            };
+            let Some(Gone::Sealed(which, _)) = self.gone.get(&(*n, ipa)) else {
+                return Err(TestCaseError::fail("nothing was sealed there"));
+            };
+            prop_assert_ne!(given, Some(*which), "what was sealed is refused");
+            prop_assert_eq!(contents[crate::addr::index(at)], self.content(page(at)));
+            self.stopped[*n] = true;
+        }
         for (at, (old, new)) in owners_before.iter().zip(owners(m)).enumerate() {
             let pa = page(at as u64);
             let was_vms =
                 matches!(old, Some(Owner::Private(_) | Owner::Shared(_) | Owner::Table(_)));
-            if was_vms && new == Some(Owner::Host) {
+            if was_vms && new == Some(Owner::Host) && !matches!(op, Op::Unmap(..)) {
                 prop_assert!(m.hw.is_zero(pa), "{pa:x?} left its VM with content (I5)");
             }
             if matches!(new, Some(Owner::Host | Owner::RunPage(_))) {
-                prop_assert!(self.content(pa).iter().all(|w| w & SECRET == 0), "{pa:x?} leaks");
+                let leaks = self.content(pa).iter().any(|w| self.secrets.contains(w));
+                prop_assert!(!leaks, "{pa:x?} leaks");
             }
         }
         // Nobody but the guest changed its memory, or where it lies; but the host what
@@ -350,7 +465,7 @@ impl<'a> World<'a> {
             m.pages.unclaim(held);
         }
         let after = Snapshot::new(m, self.vms.iter());
-        if result.is_err() && !step {
+        if result.is_err() && !step && !stops {
             prop_assert!(self.before == after, "{result:?} changed something");
         }
         self.before = after;
@@ -413,7 +528,7 @@ fn hostile_steps_get_somewhere() {
     use proptest::strategy::ValueTree as _;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let mut done = BTreeMap::new();
-    for _ in 0..if cfg!(miri) { 1 } else { 40 } {
+    for _ in 0..if cfg!(miri) { 1 } else { 120 } {
         let records = records();
         let m = FakeMachine::new(&records);
         let mut vms = [Vm::FREE, Vm::FREE];
@@ -422,7 +537,8 @@ fn hostile_steps_get_somewhere() {
         let mut world = World::new(&m, vms);
         for _ in 0..60 {
             let (n, _, op) = step().new_tree(&mut runner).unwrap().current();
-            let state = |world: &World<'_>| (world.memory.len(), m.pages.census().shared);
+            let state =
+                |world: &World<'_>| (world.memory.len(), m.pages.census().shared, world.stopped);
             let before = state(&world);
             world.step(&(n, None, op.clone())).unwrap();
             let name = format!("{op:?}").split('(').next().map(std::string::String::from);
@@ -431,7 +547,7 @@ fn hostile_steps_get_somewhere() {
             }
         }
     }
-    for name in ["Map", "Populate", "Unmap", "Share", "Unshare"] {
+    for name in ["Map", "Replay", "Populate", "Unmap", "Share", "Unshare"] {
         let n = done.get(&Some(name.into())).copied().unwrap_or(0);
         assert!(cfg!(miri) || n >= 5, "{name} changed a map {n} times");
     }

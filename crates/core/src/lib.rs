@@ -36,6 +36,7 @@ pub mod launch;
 pub mod page;
 pub mod psci;
 pub mod ram;
+pub mod seal;
 pub mod smmu;
 pub mod stage2;
 pub mod vgic;

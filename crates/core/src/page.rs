@@ -7,8 +7,8 @@
 //! ```text
 //! Pages::claim ─► Page<Claimed> ─► HostMap::hide / GuestMap::unmap ─► Page<Isolated>
 //!   (record: Moving)                (no map, no TLB shows it: I6)        │
-//!                        scrub (zeroed: I5, I7) or measure (hashed)      ▼
-//! Pages::settle ◄──────────────────────────────────────────────────  Page<Clean>
+//!                        scrub (zeroed: I5, I7), measure (hashed)        ▼
+//! Pages::settle ◄── or change (encrypted, decrypted: I5) ──────────  Page<Clean>
 //! ```
 //!
 //! What a VM shares it says itself: `Page<Claimed>` ─ share ─► `Page<Clean>`, and back
@@ -128,13 +128,41 @@ impl Page<Claimed> {
         self.into_state()
     }
 
-    /// Its VM wants the host to see it.
+    /// Its VM wants the host to see it, now or when it was here last.
     pub(crate) fn share(self) -> Page<Clean> {
         self.into_state()
     }
 }
 
 impl Page<Isolated> {
+    /// Whether the host has it in its map all the time.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self.was, Owner::Shared(_))
+    }
+
+    /// The host has back what its VM shared; it knows what is in it.
+    pub(crate) fn give_back(self) -> Page<Clean> {
+        self.into_state()
+    }
+
+    /// Has the page's content changed: encrypted, or decrypted if it is what it should
+    /// be. Nobody else sees how far that is.
+    pub(crate) fn change<T>(
+        self,
+        hw: &impl Hardware,
+        change: impl FnOnce(&mut [u8; 4096]) -> T,
+    ) -> (Page<Clean>, T) {
+        let mut content = [0; 4096];
+        let page = self.measure(hw, &mut content);
+        let result = change(&mut content);
+        for (i, word) in content.as_chunks().0.iter().enumerate() {
+            hw.write_entry(page.pa, i, u64::from_le_bytes(*word));
+        }
+        hw.flush_page(page.pa);
+        hw.invalidate_icache();
+        (page, result)
+    }
+
     /// Wipes the page; no instruction cache keeps what the old owner ran there.
     pub fn scrub(self, hw: &impl Hardware) -> Page<Clean> {
         left_out!(ScrubIn => if self.was == Owner::Host { return self.into_state() });

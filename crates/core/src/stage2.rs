@@ -56,14 +56,22 @@ impl Entry {
     /// Maps nothing.
     pub const INVALID: Self = Self(0);
 
-    /// Maps nothing, and says that a page of the VM's was taken away here: no
-    /// other one may come in its place, or the host could turn the guest's
-    /// memory back to zeros (I4). The hardware ignores all but bit 0.
-    pub const LOST: Self = Self(0b10);
-
     /// In the host's map: maps nothing yet, and a read of the host shows the
     /// zero frame there. Told apart from other invalid entries by software only.
     pub const HIDDEN: Self = Self(0b10);
+
+    /// In a VM's map: maps nothing, and says that the host took a page away here.
+    /// Nothing may come in its place but what was sealed as this version (from 1 on),
+    /// or the host could turn the guest's memory back (I4); where the VM shared it, 0,
+    /// any page. The hardware ignores all but bit 0.
+    pub const fn gone(version: u64) -> Self {
+        Self(version << 2 | 0b10)
+    }
+
+    /// The version, if the entry is such a one.
+    pub const fn gone_version(self) -> Option<u64> {
+        if self.0 & 0b11 == 0b10 { Some(self.0 >> 2) } else { None }
+    }
 
     /// A level 3 entry.
     pub const fn page(pa: Pa, attributes: Attributes) -> Self {
@@ -170,6 +178,19 @@ mod tests {
         assert_eq!(Entry::block(Pa(at), Attributes::Memory).0, at | normal | 3 << 6 | 1);
         assert_eq!(Entry::table(Pa(0x5000)).0, 0x5003);
         assert_eq!(vttbr(Pa(0x4010_0000), 128), 0x0080_0000_4010_0000);
+    }
+
+    #[test]
+    fn what_is_gone_keeps_its_version() {
+        for version in [0, 1, 2, u64::MAX >> 2] {
+            let gone = Entry::gone(version);
+            assert!(!gone.is_valid() && gone != Entry::INVALID);
+            assert_eq!(gone.gone_version(), Some(version));
+        }
+        let page = Entry::page(Pa(0x1000), Attributes::Memory);
+        for entry in [Entry::INVALID, page, Entry::table(Pa(0x1000))] {
+            assert_eq!(entry.gone_version(), None);
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! Free ──create──► Open ──activate──► Active
-//!  ▲                ▲ ▲                 │
+//!  ▲                ▲ ▲                 │ (Stopped: a sealed page came back changed)
 //!  │                │ └──── reset ──────┤ (Resetting: a few pages a call)
 //!  └── destroy (Destroying) ◄───────────┘
 //! ```
@@ -20,6 +20,7 @@ use crate::launch::{Boot, Config, Digest, Launch};
 use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::psci::{self, Power};
 use crate::ram::Range;
+use crate::seal::{Seal, Tag};
 use crate::stage2::{Attributes, Entry};
 use crate::vgic::{SentSgis, Sgi, bits};
 
@@ -33,6 +34,8 @@ pub trait Machine {
     fn pages(&self) -> &Pages<'_>;
     /// The host's map, locked for the length of `f`.
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R;
+    /// 32 random bytes as words; `None` without entropy.
+    fn random(&self) -> Option<[u64; 4]>;
 }
 
 /// Wipes a page and gives it to the host.
@@ -42,6 +45,11 @@ fn wipe_to_host(m: &impl Machine, page: Page<Isolated>) {
 
 pub(crate) fn give_to_host(m: &impl Machine, page: Page<Clean>) {
     m.with_host_map(|map| map.show(m.hw(), m.pages(), page, Owner::Host));
+}
+
+/// Takes a claimed page out of the host's hands.
+fn hide(m: &impl Machine, page: Page<Claimed>) -> Result<Page<Isolated>, Error> {
+    m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))
 }
 
 /// Runs of pages that a VM can guard: what Linux maps of a board with some
@@ -54,6 +62,8 @@ enum Phase {
     Free,
     Open,
     Active,
+    /// What the host gave back for a page was not what was sealed.
+    Stopped,
     Resetting,
     Destroying,
 }
@@ -119,6 +129,7 @@ pub struct Vm {
     launch: Launch,
     pub(crate) vcpus: [Vcpu; MAX_VCPUS_PER_VM],
     cntvoff: u64,
+    pub(crate) seal: Seal,
 }
 
 /// A VM's handle: generation and slot. Slots are used again, handles are not.
@@ -151,6 +162,7 @@ impl Vm {
         launch: Launch::NEW,
         vcpus: [Vcpu::NONE; MAX_VCPUS_PER_VM],
         cntvoff: 0,
+        seal: Seal::NEW,
     };
 
     /// The handle of the VM in this slot.
@@ -208,7 +220,11 @@ impl Vm {
 
     fn in_phase(&self, phase: Phase) -> Result<(), Error> {
         left_out!(Phase => return Ok(()));
-        if self.phase == phase { Ok(()) } else { Err(Error::State) }
+        match self.phase {
+            this if this == phase => Ok(()),
+            Phase::Stopped => Err(Error::Integrity),
+            _ => Err(Error::State),
+        }
     }
 
     /// Open or active.
@@ -328,29 +344,29 @@ impl Vm {
         Ok(())
     }
 
-    /// Takes the host's page `pa`, if it can go to `ipa`; nothing shows it any
-    /// more. Whose page it is comes first, before a lack of tables is told.
-    fn take_for(&self, m: &impl Machine, ipa: Ipa, pa: Pa) -> Result<Page<Isolated>, MapError> {
+    /// Claims the host's page `pa`, if it can go to `ipa`. Whose page it is comes
+    /// first, before a lack of tables is told.
+    fn claim_for(&self, m: &impl Machine, ipa: Ipa, pa: Pa) -> Result<Page<Claimed>, MapError> {
         if !ipa.is_page() {
             return Err(Error::Invalid.into());
         }
         if !self.is_ram(ipa) && !left_out!(DeclaredRam) {
             return Err(Error::Denied.into());
         }
-        left_out!(OwnerLate => return self.take_late(m, pa));
+        left_out!(OwnerLate => return Ok(Pages::not_claimed(pa)));
         let page = m.pages().claim(pa, Owner::Host)?;
         if let Err(error) = self.map.check(m.hw(), ipa) {
             m.pages().unclaim(page);
             return Err(error);
         }
-        Ok(m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?)
+        Ok(page)
     }
 
-    #[cfg(feature = "leave-out")]
-    fn take_late(&self, m: &impl Machine, pa: Pa) -> Result<Page<Isolated>, MapError> {
-        let page = Pages::not_claimed(pa);
-        let hidden = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
-        Ok(m.pages().claim(hidden.pa(), Owner::Host)?.isolated())
+    /// Takes the claimed page, now nobody's, out of the host's hands.
+    fn take(m: &impl Machine, page: Page<Claimed>) -> Result<Page<Isolated>, Error> {
+        let page = hide(m, page)?;
+        left_out!(OwnerLate => return Ok(m.pages().claim(page.pa(), Owner::Host)?.isolated()));
+        Ok(page)
     }
 
     /// Donates a page of the launch image and measures it. `buffer` is scratch.
@@ -368,9 +384,9 @@ impl Vm {
         self.in_phase(Phase::Open)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         self.launch.check(ipa)?;
-        let page = self.take_for(m, ipa, pa)?.measure(m.hw(), buffer);
+        let page = Self::take(m, self.claim_for(m, ipa, pa)?)?.measure(m.hw(), buffer);
         self.launch.add_page(ipa, buffer);
-        self.map.map(m, ipa, page)
+        self.map.map(m, ipa, page, Owner::Private(self.slot))
     }
 
     /// Closes the launch; the VM can run.
@@ -398,17 +414,41 @@ impl Vm {
         Ok(digest)
     }
 
-    /// Donates a page; the guest sees zeros (I7).
+    /// Donates a page; the guest sees zeros (I7), or what it had there when the host
+    /// took it away: the page must hold what was sealed, and `tag` be what came with it.
+    /// What the VM shared is the host's to change.
     ///
     /// # Errors
     /// [`Error::State`] before activation, [`Error::Invalid`] for a malformed
     /// address, [`Error::Denied`] if `ipa` is not RAM or mapped, or the page not
-    /// the host's; [`MapError::Tables`] if the pool is short.
-    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapError> {
+    /// the host's; [`MapError::Tables`] if the pool is short; [`Error::Integrity`] if the
+    /// page is not what was sealed: the host keeps it, the VM has stopped.
+    pub fn map_page(
+        &mut self,
+        m: &impl Machine,
+        ipa: u64,
+        pa: u64,
+        tag: Tag,
+    ) -> Result<(), MapError> {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
-        let page = self.take_for(m, ipa, pa)?.scrub(m.hw());
-        self.map.map(m, ipa, page)
+        let page = self.claim_for(m, ipa, pa)?;
+        let private = Owner::Private(self.slot);
+        match self.map.entry(m.hw(), ipa).and_then(Entry::gone_version) {
+            Some(0) => self.map.map(m, ipa, page.share(), Owner::Shared(self.slot)),
+            Some(version) => {
+                let place = [self.handle(), ipa.0];
+                let open = |content: &mut _| self.seal.open(version, place, content, tag);
+                let (page, opened) = Self::take(m, page)?.change(m.hw(), open);
+                if opened {
+                    return self.map.map(m, ipa, page, private);
+                }
+                give_to_host(m, page);
+                self.phase = Phase::Stopped;
+                Err(Error::Integrity.into())
+            }
+            None => self.map.map(m, ipa, Self::take(m, page)?.scrub(m.hw()), private),
+        }
     }
 
     /// The page at `ipa`, if the record says `owner`.
@@ -438,7 +478,7 @@ impl Vm {
     /// As [`Self::share`]; [`Error::Denied`] if it is not shared.
     pub fn unshare(&self, m: &impl Machine, ipa: Ipa) -> Result<(), Error> {
         let page = self.claim_at(m, ipa, Owner::Shared(self.slot))?;
-        let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
+        let page = hide(m, page)?;
         m.pages().settle(page.keep(m.hw()), Owner::Private(self.slot));
         Ok(())
     }
@@ -464,38 +504,36 @@ impl Vm {
         Ok(())
     }
 
-    /// Gives `n` pages from `ipa` on back to the host, wiped; holes are skipped.
+    /// Gives the first page among `n` from `ipa` on back to the host, sealed, or as it
+    /// is if the VM shares it. Tells how many places it has looked at, and the tag. In
+    /// whatever state the VM is: the host may be unable to wait.
     ///
     /// # Errors
-    /// [`Error::State`] if the VM is neither open nor active, [`Error::Invalid`]
-    /// for a bad range.
-    pub fn unmap_pages(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(), Error> {
-        self.in_use()?;
-        left_out!(CallBound => return self.unmap_any_number(m, ipa, n));
+    /// [`Error::Invalid`] for a bad range, [`Error::NotSupported`] without entropy for a key.
+    pub fn unmap_pages(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(u64, Tag), Error> {
         let space = Range { base: 0, size: 1 << self.config.ipa_bits };
-        if n > MAX_PAGES_PER_CALL || !Ipa(ipa).is_page() || !space.contains(ipa, n * PAGE_SIZE) {
+        if (n > MAX_PAGES_PER_CALL || !Ipa(ipa).is_page() || !space.contains(ipa, n * PAGE_SIZE))
+            && !left_out!(CallBound)
+        {
             return Err(Error::Invalid);
         }
+        let version = self.seal.next_version(|| m.random())?;
         for i in 0..n {
             let ipa = Ipa(ipa + i * PAGE_SIZE);
             if !self.is_ram(ipa) {
                 continue;
             }
-            if let Some(page) = self.map.unmap(m, ipa) {
-                wipe_to_host(m, page);
-            }
+            let Some(page) = self.map.unmap(m, ipa, version) else { continue };
+            let place = [self.handle(), ipa.0];
+            let (page, tag) = if page.is_shared() {
+                (page.give_back(), [0; 2])
+            } else {
+                page.change(m.hw(), |content| self.seal.seal(version, place, content))
+            };
+            give_to_host(m, page);
+            return Ok((i + 1, tag));
         }
-        Ok(())
-    }
-
-    #[cfg(feature = "leave-out")]
-    fn unmap_any_number(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(), Error> {
-        for ipa in (ipa..ipa + n * PAGE_SIZE).step_by(4096) {
-            if let Some(page) = self.map.unmap(m, Ipa(ipa)) {
-                wipe_to_host(m, page);
-            }
-        }
-        Ok(())
+        Ok((n, [0; 2]))
     }
 
     /// Donates `n` pages as table memory; all or none.
@@ -530,7 +568,7 @@ impl Vm {
             m.pages().unclaim(page);
             return Err(error);
         }
-        let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
+        let page = hide(m, page)?;
         self.map.add_to_pool(m, page.scrub(m.hw()));
         Ok(())
     }
@@ -683,7 +721,9 @@ impl Vm {
             self.launch = Launch::NEW;
             self.map.begin_teardown(m.hw());
         }
-        self.map.teardown(m, MAX_PAGES_PER_CALL, |page| wipe_to_host(m, page))
+        self.map.teardown(m, MAX_PAGES_PER_CALL, |page| wipe_to_host(m, page))?;
+        self.seal = Seal::NEW;
+        Ok(())
     }
 
     /// One step of a destruction. `free_context` gets the contexts of the vCPUs.

@@ -157,7 +157,7 @@ fn a_page_that_splits_two_blocks_and_needs_two_tables() {
     let records = self::records();
     let mut world = World::new(&records).with_ram().active();
     world.vm.donate_pool(&world.m, BANK2, 2).unwrap();
-    let (cost, result) = world.cost(|vm, m| vm.map_page(m, 0, page(16)));
+    let (cost, result) = world.cost(|vm, m| vm.map_page(m, 0, page(16), [0; 2]));
     assert_eq!((cost, result), (stated("PAGE_MAP"), Ok(())));
 }
 
@@ -173,15 +173,24 @@ fn table_memory_from_two_gib() {
 fn pages_that_the_host_looked_for() {
     let records = records();
     let mut world = World::new(&records).with_ram().active();
-    world.pool(100, 3);
+    world.vm.donate_pool(&world.m, BANK2, 3).unwrap();
     // On both sides of a table's end.
     let first = LEVEL2_SIZE - 16 * PAGE_SIZE;
-    for n in 0..MAX_PAGES_PER_CALL {
-        world.vm.map_page(&world.m, first + n * PAGE_SIZE, page(n)).unwrap();
+    let (n, last) = (MAX_PAGES_PER_CALL, first + (MAX_PAGES_PER_CALL - 1) * PAGE_SIZE);
+    world.vm.map_page(&world.m, first, page(0), [0; 2]).unwrap();
+    world.vm.unmap_pages(&world.m, first, 1).unwrap();
+    world.vm.map_page(&world.m, last, page(1), [0; 2]).unwrap();
+    world.looked_at(0, 2);
+    let (cost, result) = world.cost(|vm, m| vm.unmap_pages(m, first, n));
+    let (done, tag) = result.unwrap();
+    assert_eq!((cost, done), (stated("PAGE_UNMAP"), n));
+    // Back in a page of another GiB.
+    let other = page(16);
+    for i in 0..ENTRIES {
+        world.m.hw.poke(Pa(other), i, world.m.hw.peek(Pa(page(1)), i));
     }
-    world.looked_at(0, MAX_PAGES_PER_CALL);
-    let (cost, result) = world.cost(|vm, m| vm.unmap_pages(m, first, MAX_PAGES_PER_CALL));
-    assert_eq!((cost, result), (stated("PAGE_UNMAP"), Ok(())));
+    let (cost, result) = world.cost(|vm, m| vm.map_page(m, last, other, tag));
+    assert_eq!((cost, result), (stated("PAGE_MAP, unsealing"), Ok(())));
 }
 
 #[test]
@@ -189,7 +198,7 @@ fn a_page_that_the_host_looked_for_is_shared_and_unshared() {
     let records = records();
     let mut world = World::new(&records).with_ram().active();
     world.pool(100, 2);
-    world.vm.map_page(&world.m, 0, page(0)).unwrap();
+    world.vm.map_page(&world.m, 0, page(0), [0; 2]).unwrap();
     world.looked_at(0, 1);
     let (cost, result) = world.cost(|vm, m| vm.share(m, Ipa(0)));
     assert_eq!((cost, result), (stated("MEM_SHARE"), Ok(())));
@@ -211,15 +220,14 @@ fn a_device_that_needs_two_tables() {
 fn two_far_tables(world: &mut World<'_>) {
     world.pool(100, 4);
     let end = (1 << 40) - LEVEL2_SIZE;
-    world.vm.map_page(&world.m, 0, page(99)).unwrap();
+    world.vm.map_page(&world.m, 0, page(99), [0; 2]).unwrap();
     let per_table = ENTRIES as u64;
     for n in 0..per_table {
-        world.vm.map_page(&world.m, end + n * PAGE_SIZE, page(200 + n)).unwrap();
+        world.vm.map_page(&world.m, end + n * PAGE_SIZE, page(200 + n), [0; 2]).unwrap();
     }
     let lost = per_table - MAX_PAGES_PER_CALL;
-    for n in 0..lost / MAX_PAGES_PER_CALL {
-        let at = end + n * MAX_PAGES_PER_CALL * PAGE_SIZE;
-        world.vm.unmap_pages(&world.m, at, MAX_PAGES_PER_CALL).unwrap();
+    for n in 0..lost {
+        world.vm.unmap_pages(&world.m, end + n * PAGE_SIZE, 1).unwrap();
     }
     world.looked_at(200 + lost, MAX_PAGES_PER_CALL);
 }
@@ -253,7 +261,7 @@ fn a_refusal_is_cheap() {
     world.pool(100, 2);
     let zero = Cost::default();
     for (ipa, pa) in [(1 << 39, page(0)), (0, BASE), (0, u64::MAX - 0xfff), (8, page(0))] {
-        let (cost, result) = world.cost(|vm, m| vm.map_page(m, ipa, pa));
+        let (cost, result) = world.cost(|vm, m| vm.map_page(m, ipa, pa, [0; 2]));
         assert!(matches!(result, Err(MapError::Other(_))), "{ipa:#x} {pa:#x}");
         assert_eq!(cost, zero, "{ipa:#x} {pa:#x}");
     }
@@ -262,7 +270,7 @@ fn a_refusal_is_cheap() {
     assert_eq!(world.cost(|vm, m| vm.donate_pool(m, page(0), most)).0, zero);
     assert_eq!(world.cost(|vm, m| vm.donate_pool(m, page(99), 2)), (zero, Err(Error::Denied)));
     let tables = world.vm.map.pool_len();
-    let (cost, _) = world.cost(|vm, m| vm.map_page(m, 0, page(100)));
+    let (cost, _) = world.cost(|vm, m| vm.map_page(m, 0, page(100), [0; 2]));
     assert_eq!((cost, world.vm.map.pool_len()), (zero, tables));
     assert_eq!(index(tables), 2);
 }

@@ -31,9 +31,9 @@ fn vm(m: &FakeMachine<'_>) -> Vm {
     vm.set_boot(0, Boot::default()).unwrap();
     vm.donate_pool(m, host_page(100).0, 6).unwrap();
     vm.activate(m).unwrap();
-    vm.map_page(m, RAM, host_page(1).0).unwrap();
-    vm.map_page(m, RAM + 0x1000, host_page(2).0).unwrap();
-    vm.map_page(m, RAM + 0x2000, host_page(3).0).unwrap();
+    vm.map_page(m, RAM, host_page(1).0, [0; 2]).unwrap();
+    vm.map_page(m, RAM + 0x1000, host_page(2).0, [0; 2]).unwrap();
+    vm.map_page(m, RAM + 0x2000, host_page(3).0, [0; 2]).unwrap();
     vm.share(m, Ipa(RAM + 0x2000)).unwrap();
     vm.map_device(m, DEVICE, GICV).unwrap();
     vm
@@ -297,11 +297,10 @@ fn entries_above_level_3_are_tables_or_blocks() {
     }
     let guest = with_word(|_, vm| (vm.map.root, 7, 0b10));
     assert_eq!(guest, Violation::TableForm(self::root(SLOT), 7));
-    // What is lost is RAM.
-    assert_eq!(
-        with_guest_leaf(DEVICE, Entry::LOST),
-        Violation::GuestLeaf(SLOT, Ipa(DEVICE), Entry::LOST)
-    );
+    // What is gone is RAM, and no version from the future.
+    for (at, gone) in [(DEVICE, Entry::gone(0)), (RAM, Entry::gone(1))] {
+        assert_eq!(with_guest_leaf(at, gone), Violation::GuestLeaf(SLOT, Ipa(at), gone));
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use super::*;
 use crate::fake::{Event, FakeMachine, host_page, records, root};
 
 const SLOT: VmSlot = VmSlot(2);
+const PRIVATE: Owner = Owner::Private(SLOT);
 const AT: Ipa = Ipa(0x1_4060_3000);
 
 /// A clean page out of the host's hands.
@@ -58,14 +59,14 @@ fn a_page_is_mapped_where_nothing_was() {
     map.add_to_pool(&m, clean(&m, 0));
     assert_eq!(map.check(&m.hw, AT), Err(MapError::Tables(1)));
     // Refused, the page is the host's again.
-    assert_eq!(map.map(&m, AT, clean(&m, 10)), Err(MapError::Tables(1)));
+    assert_eq!(map.map(&m, AT, clean(&m, 10), PRIVATE), Err(MapError::Tables(1)));
     assert_eq!(m.pages.owner(host_page(10)), Some(Owner::Host));
     assert_eq!(map.pool_len(), 1);
     map.add_to_pool(&m, clean(&m, 1));
     assert_eq!(map.check(&m.hw, AT), Ok(()));
     let page = clean(&m, 10);
     m.hw.take_events();
-    map.map(&m, AT, page).unwrap();
+    map.map(&m, AT, page, PRIVATE).unwrap();
     // The last table first is linked, then the leaf is written.
     let (level2, level3) = (host_page(1), host_page(0));
     let leaf = Entry::page(host_page(10), Attributes::Memory).0;
@@ -75,14 +76,14 @@ fn a_page_is_mapped_where_nothing_was() {
     assert_eq!(m.hw.take_events().last(), Some(&Event::Write(level3, 3, leaf)));
     assert_eq!(m.pages.owner(host_page(10)), Some(Owner::Private(SLOT)));
     assert_eq!(map.check(&m.hw, AT), Err(MapError::Other(Error::Denied)));
-    assert_eq!(map.map(&m, AT, clean(&m, 11)), Err(MapError::Other(Error::Denied)));
+    assert_eq!(map.map(&m, AT, clean(&m, 11), PRIVATE), Err(MapError::Other(Error::Denied)));
     assert_eq!(m.pages.owner(host_page(11)), Some(Owner::Host));
     assert_eq!(m.hw.peek(level3, 3), leaf);
     // Its tables serve its neighbours, but no others.
     assert_eq!(map.check(&m.hw, Ipa(AT.0 + 0x1000)), Ok(()));
     assert_eq!(map.check(&m.hw, Ipa(AT.0 + 0x20_0000)), Err(MapError::Tables(1)));
     assert_eq!(map.check(&m.hw, Ipa(AT.0 + 0x4000_0000)), Err(MapError::Tables(2)));
-    map.map(&m, Ipa(AT.0 + 0x1000), clean(&m, 11)).unwrap();
+    map.map(&m, Ipa(AT.0 + 0x1000), clean(&m, 11), PRIVATE).unwrap();
     assert_eq!(m.pages.census().private, 2);
 }
 
@@ -91,26 +92,30 @@ fn a_page_is_isolated_once_no_tlb_knows_it() {
     let records = records();
     let m = FakeMachine::new(&records);
     let mut map = map(&m, 2);
-    map.map(&m, AT, clean(&m, 10)).unwrap();
+    map.map(&m, AT, clean(&m, 10), PRIVATE).unwrap();
     m.hw.load(map.vttbr());
-    assert!(map.unmap(&m, Ipa(AT.0 + 0x1000)).is_none());
-    assert!(map.unmap(&m, Ipa(AT.0 + 0x20_0000)).is_none());
-    assert!(map.unmap(&m, Ipa(AT.0 + 0x4000_0000)).is_none());
+    assert!(map.unmap(&m, Ipa(AT.0 + 0x1000), 7).is_none());
+    assert!(map.unmap(&m, Ipa(AT.0 + 0x20_0000), 7).is_none());
+    assert!(map.unmap(&m, Ipa(AT.0 + 0x4000_0000), 7).is_none());
     m.hw.take_events();
-    let page = map.unmap(&m, AT).unwrap();
-    let events =
-        vec![Event::Write(host_page(0), 3, Entry::LOST.0), Event::InvalidateGuest(map.vttbr(), AT)];
+    let page = map.unmap(&m, AT, 7).unwrap();
+    let events = vec![
+        Event::Write(host_page(0), 3, Entry::gone(7).0),
+        Event::InvalidateGuest(map.vttbr(), AT),
+    ];
     assert_eq!(m.hw.take_events(), events);
     assert_eq!(page.pa(), host_page(10));
     assert_eq!(m.pages.owner(page.pa()), None);
-    assert!(map.unmap(&m, AT).is_none());
+    assert!(map.unmap(&m, AT, 7).is_none());
     give_back(&m, page);
-    // No other page comes in its place until the map was torn down.
-    assert_eq!(map.check(&m.hw, AT), Err(MapError::Other(Error::Denied)));
+    // Its place is known until the map was torn down, and free.
+    assert_eq!(map.entry(&m.hw, AT), Some(Entry::gone(7)));
+    assert_eq!(map.check(&m.hw, AT), Ok(()));
     m.hw.unload(map.vttbr());
     map.begin_teardown(&m.hw);
     while map.teardown(&m, 1, |_| panic!("nothing is left")).is_err() {}
-    assert_eq!(map.check(&m.hw, AT), Ok(()));
+    assert_eq!(map.entry(&m.hw, AT), None);
+    assert!(m.hw.is_zero(host_page(0)) || map.pool_len() == 2);
 }
 
 #[test]
@@ -124,7 +129,7 @@ fn a_device_page_is_unmapped_and_belongs_to_nobody() {
     let leaf = Entry::page(Pa(0x804_0000), Attributes::Device).0;
     assert_eq!(m.hw.peek(host_page(0), 3), leaf);
     assert_eq!(map.insert(&m.hw, AT, device), Err(MapError::Other(Error::Denied)));
-    assert!(map.unmap(&m, AT).is_none());
+    assert!(map.unmap(&m, AT, 7).is_none());
     assert!(!Entry(m.hw.peek(host_page(0), 3)).is_valid());
     assert_eq!(m.hw.stale(), vec![]);
 }
@@ -137,7 +142,7 @@ fn a_teardown_takes_no_more_than_its_budget_a_step() {
     // Two tables of one GiB, the last of that GiB among them, and another GiB.
     let places = [0, 0x1000, 0x1f_f000, 0x3fe0_0000, 0x3fff_f000, 0x4000_0000, 0x40_0000_0000];
     for (n, ipa) in (10..).zip(places) {
-        map.map(&m, Ipa(ipa), clean(&m, n)).unwrap();
+        map.map(&m, Ipa(ipa), clean(&m, n), PRIVATE).unwrap();
     }
     assert_eq!(map.pool_len(), 0);
     m.hw.load(map.vttbr());

@@ -262,7 +262,7 @@ fn a_page_is_shared_once_it_is_there_and_unshared_when_the_host_agrees() {
         assert_eq!(call(&mut vm, share, RAM + 0x3000), Err(Pending::Nothing));
     }
     vm.donate_pool(&m, host_page(2).0, 2).unwrap();
-    vm.map_page(&m, RAM + 0x3000, host_page(8).0).unwrap();
+    vm.map_page(&m, RAM + 0x3000, host_page(8).0, [0; 2]).unwrap();
     assert_eq!(call(&mut vm, share, RAM + 0x3000), Ok([0; 4]));
     assert_eq!(call(&mut vm, share, RAM + 0x3000), Ok([INVALID_PARAMETER, 0, 0, 0]));
     assert_eq!(m.pages.census().shared, 1);

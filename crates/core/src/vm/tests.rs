@@ -35,11 +35,11 @@ impl Snapshot {
         });
         let state = |vm: &Vm| {
             let Vm { phase, slot, generation, config, ram, devices, map, launch, .. } = vm;
-            let Vm { vcpus, cntvoff, guards, .. } = vm;
+            let Vm { vcpus, cntvoff, guards, seal, .. } = vm;
             let digest = launch.digest(config, ram.iter(), devices, core::iter::empty());
             format!(
                 "{phase:?} {slot:?} {generation} {config:?} {ram:?} {devices:?} {map:?} \
-                 {vcpus:?} {cntvoff} {guards:?} {digest:x?} {:?}",
+                 {vcpus:?} {cntvoff} {guards:?} {seal:?} {digest:x?} {:?}",
                 launch.check(Ipa(RAM))
             )
         };
@@ -261,7 +261,7 @@ fn a_run_page_is_lent_by_the_host() {
     let lent = |vm: &mut Vm| vm.donate_pool(&m, page.0, 1);
     assert_eq!(refused(&m, &mut vm, lent), Error::Denied);
     vm.activate(&m).unwrap();
-    let lent = |vm: &mut Vm| vm.map_page(&m, RAM, page.0);
+    let lent = |vm: &mut Vm| vm.map_page(&m, RAM, page.0, [0; 2]);
     assert_eq!(refused(&m, &mut vm, lent), other(Error::Denied));
     let late = |vm: &mut Vm| vm.create_vcpu(&m, 1, free, 8);
     assert_eq!(refused(&m, &mut vm, late), Error::State);
@@ -356,7 +356,7 @@ fn a_donated_page_is_wiped_before_the_guest_gets_it() {
     let page = host_page(MEM + 1);
     m.hw.poke(page, 0, 42);
     m.hw.take_events();
-    vm.map_page(&m, RAM + 0x3000, page.0).unwrap();
+    vm.map_page(&m, RAM + 0x3000, page.0, [0; 2]).unwrap();
     let events = m.hw.take_events();
     let at = |event| events.iter().position(|e| *e == event).unwrap();
     assert!(at(Event::InvalidateHost(Ipa(page.0))) < at(Event::Zero(page)));
@@ -369,7 +369,7 @@ fn a_donated_page_is_wiped_before_the_guest_gets_it() {
     check(&m, core::iter::once(&vm));
 
     let free = host_page(MEM).0;
-    let mut bad = |ipa, pa| refused(&m, &mut vm, |vm| vm.map_page(&m, ipa, pa));
+    let mut bad = |ipa, pa| refused(&m, &mut vm, |vm| vm.map_page(&m, ipa, pa, [0; 2]));
     assert_eq!(bad(RAM + 0x3000, free), other(Error::Denied));
     assert_eq!(bad(RAM + 8, free), other(Error::Invalid));
     assert_eq!(bad(RAM, free + 8), other(Error::Invalid));
@@ -380,10 +380,10 @@ fn a_donated_page_is_wiped_before_the_guest_gets_it() {
     assert_eq!(bad(RAM, BASE + CARVEOUT - 0x1000), other(Error::Denied));
     assert_eq!(bad(RAM, BANK2 + (2 << 20)), other(Error::Denied));
     let claimed = m.pages.claim(Pa(free), Owner::Host).unwrap();
-    assert_eq!(vm.map_page(&m, RAM, free), Err(other(Error::Again)));
+    assert_eq!(vm.map_page(&m, RAM, free, [0; 2]), Err(other(Error::Again)));
     m.pages.unclaim(claimed);
     let mut vm = open(&FakeMachine::new(&self::records()));
-    let closed = vm.map_page(&m, RAM, free);
+    let closed = vm.map_page(&m, RAM, free, [0; 2]);
     assert_eq!(closed, Err(other(Error::State)));
 }
 
@@ -399,20 +399,20 @@ fn a_short_pool_says_how_many_pages_it_wants() {
     vm.activate(&m).unwrap();
     let page = host_page(MEM).0;
     for wanted in [2, 1] {
-        let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM, page));
+        let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM, page, [0; 2]));
         assert_eq!(error, MapError::Tables(wanted));
         vm.donate_pool(&m, host_page(POOL + 2 * wanted).0, 1).unwrap();
     }
-    vm.map_page(&m, RAM, page).unwrap();
+    vm.map_page(&m, RAM, page, [0; 2]).unwrap();
     assert_eq!(vm.map.pool_len(), 0);
     assert_eq!(m.pages.census().table, 2);
     // Another 2 MiB of the same GiB wants one table, another GiB two.
     let page = host_page(MEM + 2).0;
-    let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM + (2 << 20), page));
+    let error = refused(&m, &mut vm, |vm| vm.map_page(&m, RAM + (2 << 20), page, [0; 2]));
     assert_eq!(error, MapError::Tables(1));
-    let error = refused(&m, &mut vm, |vm| vm.map_page(&m, 0, page));
+    let error = refused(&m, &mut vm, |vm| vm.map_page(&m, 0, page, [0; 2]));
     assert_eq!(error, MapError::Tables(2));
-    vm.map_page(&m, RAM + 0x1000, page).unwrap();
+    vm.map_page(&m, RAM + 0x1000, page, [0; 2]).unwrap();
     check(&m, core::iter::once(&vm));
 }
 
@@ -460,27 +460,46 @@ fn whose_page_it_is_comes_before_a_lack_of_tables() {
     let m = FakeMachine::new(&records);
     let mut vm = active(&m);
     let page = host_page(MEM);
-    vm.map_page(&m, RAM, page.0).unwrap();
+    vm.map_page(&m, RAM, page.0, [0; 2]).unwrap();
     // No table is there for the last page of RAM, and none in the pool.
     while vm.map.take_from_pool(&m).is_some() {}
     let far = vm.ram[0].base + vm.ram[0].size - 0x1000;
-    let mut map = |pa: Pa| vm.map_page(&m, far, pa.0);
+    let mut map = |pa: Pa| vm.map_page(&m, far, pa.0, [0; 2]);
     assert_eq!(map(page), Err(other(Error::Denied)));
     assert!(matches!(map(host_page(MEM + 1)), Err(MapError::Tables(_))));
     assert_eq!(m.pages.owner(host_page(MEM + 1)), Some(Owner::Host));
 }
 
+/// Where its pages lie, and what the host has to give them back.
+type Sealed = (u64, Tag);
+
+/// Two pages of the guest's, with a secret in each.
+fn two_pages(m: &FakeMachine<'_>, vm: &mut Vm) -> (Pa, Pa) {
+    let (a, b) = (host_page(MEM), host_page(MEM + 1));
+    for (ipa, page) in [(RAM, a), (RAM + 0x2000, b)] {
+        vm.map_page(m, ipa, page.0, [0; 2]).unwrap();
+        m.hw.poke(page, 9, 0x5ec0 + ipa);
+    }
+    (a, b)
+}
+
+fn content(m: &FakeMachine<'_>, pa: Pa) -> [u64; 512] {
+    core::array::from_fn(|i| m.hw.peek(pa, i))
+}
+
+fn put(m: &FakeMachine<'_>, pa: Pa, content: &[u64; 512]) {
+    for (i, word) in content.iter().enumerate() {
+        m.hw.poke(pa, i, *word);
+    }
+}
+
 #[test]
-fn pages_come_back_wiped() {
+fn pages_come_back_sealed_one_by_one() {
     let records = records();
     let m = FakeMachine::new(&records);
     let mut vm = active(&m);
     m.hw.load(vm.map.vttbr());
-    let (a, b) = (host_page(MEM), host_page(MEM + 1));
-    vm.map_page(&m, RAM, a.0).unwrap();
-    vm.map_page(&m, RAM + 0x2000, b.0).unwrap();
-    m.hw.poke(a, 9, 0x5ec0);
-    m.hw.poke(b, 9, 0x5ec0);
+    let (a, b) = two_pages(&m, &mut vm);
     let mut bad = |ipa, n| refused(&m, &mut vm, |vm| vm.unmap_pages(&m, ipa, n));
     assert_eq!(bad(RAM, 33), Error::Invalid);
     assert_eq!(bad(RAM, u64::MAX), Error::Invalid);
@@ -488,30 +507,191 @@ fn pages_come_back_wiped() {
     assert_eq!(bad((1 << 33) - 0x1000, 2), Error::Invalid);
     assert_eq!(bad((1 << 33) - 0x2000, 3), Error::Invalid);
     assert_eq!(bad(u64::MAX - 0xfff, 1), Error::Invalid);
-    vm.unmap_pages(&m, RAM, 0).unwrap();
+    assert_eq!(vm.unmap_pages(&m, RAM, 0), Ok((0, [0; 2])));
     assert_eq!(guest_page(&m, &vm, RAM), Some(a));
-    m.hw.take_events();
     // Holes, and the end of the guest's RAM, are skipped.
-    vm.unmap_pages(&m, RAM - 0x1000, 32).unwrap();
-    let events = m.hw.take_events();
-    let at = |event| events.iter().position(|e| *e == event).unwrap();
-    for (ipa, page) in [(RAM, a), (RAM + 0x2000, b)] {
+    let mut tags = vec![];
+    for (from, n, ipa, page, done) in
+        [(RAM - 0x1000, 32, RAM, a, 2), (RAM + 0x1000, 30, RAM + 0x2000, b, 2)]
+    {
+        m.hw.take_events();
+        let (looked_at, tag) = vm.unmap_pages(&m, from, n).unwrap();
+        assert_eq!(looked_at, done);
+        let events = m.hw.take_events();
+        let at = |event| events.iter().position(|e| *e == event).unwrap();
         let gone = at(Event::InvalidateGuest(vm.map.vttbr(), Ipa(ipa)));
         let shown = Entry::page(page, Attributes::Memory).0;
         let shown = events.iter().position(|e| matches!(e, Event::Write(_, _, v) if *v == shown));
-        let (wiped, shown) = (at(Event::Zero(page)), shown.unwrap());
-        assert!(gone < wiped && events[wiped..shown].contains(&Event::InvalidateIcache));
+        let word = events.iter().position(|e| matches!(e, Event::Write(p, 511, _) if *p == page));
+        let (written, shown) = (word.unwrap(), shown.unwrap());
+        assert!(gone < at(Event::Flush(page)) && at(Event::Flush(page)) < written);
+        let after = &events[written..shown];
+        assert!(after.contains(&Event::Flush(page)) && after.contains(&Event::InvalidateIcache));
         assert_eq!(guest_page(&m, &vm, ipa), None);
         assert_eq!(m.pages.owner(page), Some(Owner::Host));
-        assert!(m.hw.is_zero(page));
+        // Nothing of it is as it was: neither the secret nor a zero.
+        let words = content(&m, page);
+        assert!(words.iter().all(|word| *word != 0 && *word != 0x5ec0 + ipa));
         assert_eq!(m.host_leaf(page), Some(Entry::page(page, Attributes::Memory)));
+        check(&m, core::iter::once(&vm));
+        tags.push(tag);
     }
+    assert_ne!(tags[0], tags[1]);
     assert_eq!(m.pages.census().private, 0);
+    assert_eq!(vm.unmap_pages(&m, RAM, 32), Ok((32, [0; 2])));
+    m.hw.unload(vm.map.vttbr());
+    // In whatever state it is.
+    for phase in [Phase::Open, Phase::Stopped, Phase::Resetting, Phase::Destroying] {
+        vm.phase = Phase::Active;
+        vm.map_page(&m, RAM + 0x5000, host_page(MEM + 2).0, [0; 2]).unwrap();
+        vm.phase = phase;
+        let (done, tag) = vm.unmap_pages(&m, RAM + 0x5000, 1).unwrap();
+        assert_eq!((done, m.pages.census().private), (1, 0));
+        vm.phase = Phase::Active;
+        vm.map_page(&m, RAM + 0x5000, host_page(MEM + 2).0, tag).unwrap();
+        vm.unmap_pages(&m, RAM + 0x5000, 1).unwrap();
+        // What is there now is another version.
+        let stale = vm.map_page(&m, RAM + 0x5000, host_page(MEM + 2).0, tag);
+        assert_eq!(stale, Err(other(Error::Integrity)));
+        vm.phase = Phase::Active;
+        reset(&m, &mut vm);
+        vm.set_boot(0, BOOT).unwrap();
+        vm.activate(&m).unwrap();
+    }
+}
+
+#[test]
+fn without_entropy_nothing_is_sealed() {
+    let records = records();
+    let mut m = FakeMachine::new(&records);
+    m.entropy = false;
+    let mut vm = active(&m);
+    two_pages(&m, &mut vm);
+    let call = |vm: &mut Vm| vm.unmap_pages(&m, RAM, 1);
+    assert_eq!(refused(&m, &mut vm, call), Error::NotSupported);
+}
+
+#[test]
+fn what_was_sealed_comes_back_to_its_place_in_any_page() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    m.hw.load(vm.map.vttbr());
+    let (a, _) = two_pages(&m, &mut vm);
+    let words = content(&m, a);
+    let (_, tag) = vm.unmap_pages(&m, RAM, 1).unwrap();
+    let sealed = content(&m, a);
+    let elsewhere = host_page(MEM + 3);
+    put(&m, elsewhere, &sealed);
+    m.hw.take_events();
+    vm.map_page(&m, RAM, elsewhere.0, tag).unwrap();
+    // Decrypted where the host can't see it, and visible to caches that are off.
+    let events = m.hw.take_events();
+    let at = |event| events.iter().position(|e| *e == event).unwrap();
+    let leaf = Entry::page(elsewhere, Attributes::Memory).0;
+    let mapped = events.iter().position(|e| matches!(e, Event::Write(_, _, v) if *v == leaf));
+    let word = events.iter().position(|e| matches!(e, Event::Write(p, 511, _) if *p == elsewhere));
+    let (word, mapped) = (word.unwrap(), mapped.unwrap());
+    assert!(at(Event::InvalidateHost(Ipa(elsewhere.0))) < word);
+    assert!(events[word..mapped].contains(&Event::Flush(elsewhere)));
+    assert!(events[word..mapped].contains(&Event::InvalidateIcache));
+    assert_eq!(content(&m, elsewhere), words);
+    assert!(is_hidden(&m, elsewhere));
+    assert_eq!(guest_page(&m, &vm, RAM), Some(elsewhere));
+    assert_eq!(m.pages.owner(elsewhere), Some(Owner::Private(SLOT)));
+    // Not a second time, and the same content is never sealed to the same again.
+    assert_eq!(vm.map_page(&m, RAM, a.0, tag), Err(other(Error::Denied)));
+    let (_, second) = vm.unmap_pages(&m, RAM, 1).unwrap();
+    assert_ne!(tag, second);
+    assert!(content(&m, elsewhere).iter().zip(&sealed).all(|(a, b)| a != b));
     check(&m, core::iter::once(&vm));
-    vm.phase = Phase::Resetting;
-    assert_eq!(vm.unmap_pages(&m, RAM, 1), Err(Error::State));
-    vm.phase = Phase::Free;
-    assert_eq!(vm.unmap_pages(&m, RAM, 1), Err(Error::State));
+}
+
+/// Takes two pages of a VM, has `forge` prepare the host's answer for the first, and
+/// sees the VM stop.
+fn forged(forge: impl FnOnce(&FakeMachine<'_>, &mut Vm, [Sealed; 2]) -> (u64, u64, Tag)) {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut vm = active(&m);
+    let mut other_vm = Vm::FREE;
+    other_vm.create(VmSlot(2), root(VmSlot(2)), CONFIG, 0).unwrap();
+    let (a, b) = two_pages(&m, &mut vm);
+    let (_, first) = vm.unmap_pages(&m, RAM, 1).unwrap();
+    let (_, second) = vm.unmap_pages(&m, RAM + 0x2000, 1).unwrap();
+    let sealed = [content(&m, a), content(&m, b)];
+    let (ipa, page, tag) = forge(&m, &mut vm, [(a.0, first), (b.0, second)]);
+    let before = content(&m, Pa(page));
+    vm.enter(0).unwrap();
+    assert_eq!(vm.map_page(&m, ipa, page, tag), Err(other(Error::Integrity)));
+    // The host has what it gave.
+    assert_eq!(m.pages.owner(Pa(page)), Some(Owner::Host));
+    assert_eq!(content(&m, Pa(page)), before);
+    assert!(m.host_leaf(Pa(page)).is_some_and(Entry::is_writable));
+    assert_eq!(guest_page(&m, &vm, ipa), None);
+    check(&m, core::iter::once(&vm));
+    // It has stopped: not even what is right helps.
+    vm.leave(0, 0);
+    put(&m, a, &sealed[0]);
+    for result in [vm.runnable(0).map(|_| ()), vm.enter(0).map(|_| ())] {
+        assert_eq!(result, Err(Error::Integrity));
+    }
+    let right = |vm: &mut Vm| vm.map_page(&m, RAM, a.0, first);
+    assert_eq!(refused(&m, &mut vm, right), other(Error::Integrity));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.add_ram(0, 0x1000)), Error::Integrity);
+    // Started anew it runs, with another key.
+    let old = vm.seal.clone();
+    reset(&m, &mut vm);
+    assert_eq!(vm.seal, Seal::NEW);
+    assert_ne!(vm.seal, old);
+    vm.set_boot(0, BOOT).unwrap();
+    vm.activate(&m).unwrap();
+    vm.runnable(0).unwrap();
+    destroy(&m, &mut vm);
+    assert_eq!(vm.seal, Seal::NEW);
+    check(&m, [&vm, &other_vm].into_iter());
+}
+
+#[test]
+fn what_is_not_what_was_sealed_stops_the_vm() {
+    // One bit of the content, of the tag.
+    for (word, bit) in [(0, 0), (511, 63)] {
+        forged(|m, _, [(a, tag), _]| {
+            m.hw.poke(Pa(a), word, m.hw.peek(Pa(a), word) ^ 1 << bit);
+            (RAM, a, tag)
+        });
+    }
+    for n in 0..128 {
+        forged(|_, _, [(a, mut tag), _]| {
+            tag[n / 64] ^= 1 << (n % 64);
+            (RAM, a, tag)
+        });
+        if cfg!(miri) {
+            break;
+        }
+    }
+    // Half of it, zeros, nothing.
+    forged(|m, _, [(a, tag), _]| {
+        (256..512).for_each(|i| m.hw.poke(Pa(a), i, 0));
+        (RAM, a, tag)
+    });
+    forged(|_, _, [_, (_, tag)]| (RAM, host_page(MEM + 5).0, tag));
+    forged(|_, _, _| (RAM, host_page(MEM + 5).0, [0; 2]));
+    // Of another place, with its tag.
+    forged(|_, _, [_, (b, tag)]| (RAM, b, tag));
+    forged(|_, _, [(a, _), (_, tag)]| (RAM, a, tag));
+    // What was there before.
+    forged(|m, vm, [(a, tag), _]| {
+        let old = content(m, Pa(a));
+        vm.map_page(m, RAM, a, tag).unwrap();
+        vm.unmap_pages(m, RAM, 1).unwrap();
+        put(m, Pa(a), &old);
+        (RAM, a, tag)
+    });
+    // Of another VM in its slot before it, under the same key.
+    forged(|_, vm, [(a, tag), _]| {
+        vm.generation += 1;
+        (RAM, a, tag)
+    });
 }
 
 #[test]
@@ -670,7 +850,7 @@ fn fill(m: &FakeMachine<'_>, vm: &mut Vm, n: u64) {
     for i in 0..n {
         let page = host_page(2 * MEM + i);
         let ipa = RAM + (i % 2) * (2 << 20) + i / 2 * 0x6000;
-        vm.map_page(m, ipa, page.0).unwrap();
+        vm.map_page(m, ipa, page.0, [0; 2]).unwrap();
         m.hw.poke(page, 5, 0x5ec0);
     }
 }
@@ -700,7 +880,7 @@ fn a_reset_returns_every_page_and_opens_the_launch() {
     // Half reset it can do nothing else.
     assert_eq!(refused(&m, &mut vm, |vm| vm.enter(0)), Error::State);
     let page = host_page(MEM + 2).0;
-    assert_eq!(refused(&m, &mut vm, |vm| vm.map_page(&m, RAM, page)), other(Error::State));
+    assert_eq!(refused(&m, &mut vm, |vm| vm.map_page(&m, RAM, page, [0; 2])), other(Error::State));
     assert_eq!(refused(&m, &mut vm, |vm| vm.donate_pool(&m, page, 1)), Error::State);
     assert_eq!(refused(&m, &mut vm, |vm| vm.activate(&m)), Error::State);
     assert_eq!(refused(&m, &mut vm, |vm| vm.add_ram(0, 0x1000)), Error::State);
@@ -810,7 +990,7 @@ fn an_address_space_of_several_gib_is_torn_down() {
     // First and last page of a GiB, in both halves of the root, the very last.
     let ends = [0, 0x3fff_f000, 0x4000_0000, 512 << 30, (1 << 40) - 0x1000];
     for (ipa, n) in ends.into_iter().zip(0..) {
-        vm.map_page(&m, ipa, host_page(MEM + n).0).unwrap();
+        vm.map_page(&m, ipa, host_page(MEM + n).0, [0; 2]).unwrap();
         assert_eq!(guest_page(&m, &vm, ipa), Some(host_page(MEM + n)));
     }
     check(&m, core::iter::once(&vm));
@@ -828,8 +1008,8 @@ fn a_shared_page_is_seen_by_both_and_comes_back_as_it_is() {
     let mut vm = active(&m);
     m.hw.load(vm.map.vttbr());
     let (a, b) = (host_page(MEM), host_page(MEM + 1));
-    vm.map_page(&m, RAM, a.0).unwrap();
-    vm.map_page(&m, RAM + 0x1000, b.0).unwrap();
+    vm.map_page(&m, RAM, a.0, [0; 2]).unwrap();
+    vm.map_page(&m, RAM + 0x1000, b.0, [0; 2]).unwrap();
     m.hw.poke(a, 9, 42);
     // The host looked where it is hidden.
     assert!(is_hidden(&m, a));
@@ -846,7 +1026,7 @@ fn a_shared_page_is_seen_by_both_and_comes_back_as_it_is() {
 
     // It is the VM's: not to be given to it again, nor to anyone else.
     assert_eq!(refused(&m, &mut vm, |vm| vm.share(&m, Ipa(RAM))), Error::Denied);
-    let again = |vm: &mut Vm| vm.map_page(&m, RAM + 0x2000, a.0);
+    let again = |vm: &mut Vm| vm.map_page(&m, RAM + 0x2000, a.0, [0; 2]);
     assert_eq!(refused(&m, &mut vm, again), other(Error::Denied));
     assert_eq!(refused(&m, &mut vm, |vm| vm.donate_pool(&m, a.0, 1)), Error::Denied);
     let mut bad = |ipa| refused(&m, &mut vm, |vm| vm.share(&m, Ipa(ipa)));
@@ -882,21 +1062,38 @@ fn a_shared_page_is_seen_by_both_and_comes_back_as_it_is() {
 }
 
 #[test]
-fn a_shared_page_comes_back_wiped_and_is_never_out_of_the_hosts_map() {
+fn a_shared_page_comes_back_as_it_is_and_is_never_out_of_the_hosts_map() {
     let records = records();
     let m = FakeMachine::new(&records);
     let mut vm = active(&m);
     for n in 0..3 {
-        vm.map_page(&m, RAM + n * 0x1000, host_page(MEM + n).0).unwrap();
+        vm.map_page(&m, RAM + n * 0x1000, host_page(MEM + n).0, [0; 2]).unwrap();
         m.hw.poke(host_page(MEM + n), 7, 0x5ec0);
         vm.share(&m, Ipa(RAM + n * 0x1000)).unwrap();
     }
     m.hw.load(vm.map.vttbr());
     m.hw.take_events();
-    vm.unmap_pages(&m, RAM, 1).unwrap();
+    assert_eq!(vm.unmap_pages(&m, RAM, 1), Ok((1, [0; 2])));
+    assert_eq!(m.pages.owner(host_page(MEM)), Some(Owner::Host));
+    assert_eq!((m.hw.peek(host_page(MEM), 7), m.pages.census().shared), (0x5ec0, 2));
+    check(&m, core::iter::once(&vm));
+    let gone = |vm: &mut Vm| vm.share(&m, Ipa(RAM));
+    assert_eq!(refused(&m, &mut vm, gone), Error::Again);
+    let gone = |vm: &mut Vm| vm.unshare(&m, Ipa(RAM));
+    assert_eq!(refused(&m, &mut vm, gone), Error::Again);
+    // Any page of the host's comes in its place, and is shared; also one that was never
+    // out of a block of the host's map.
+    for n in [MEM + 3, 1 << 9] {
+        m.hw.poke(host_page(n), 7, n);
+        vm.map_page(&m, RAM, host_page(n).0, [1; 2]).unwrap();
+        assert_eq!(m.pages.owner(host_page(n)), Some(Owner::Shared(SLOT)));
+        assert_eq!((m.hw.peek(host_page(n), 7), guest_page(&m, &vm, RAM)), (n, Some(host_page(n))));
+        check(&m, core::iter::once(&vm));
+        vm.unmap_pages(&m, RAM, 1).unwrap();
+    }
+    vm.map_page(&m, RAM, host_page(MEM).0, [0; 2]).unwrap();
     m.hw.unload(vm.map.vttbr());
-    let lost = |vm: &mut Vm| vm.share(&m, Ipa(RAM));
-    assert_eq!(refused(&m, &mut vm, lost), Error::Again);
+    m.hw.take_events();
     reset(&m, &mut vm);
     let events = m.hw.take_events();
     assert!(!events.iter().any(|e| matches!(e, Event::InvalidateHost(_))));

@@ -8,7 +8,8 @@
 #include <linux/types.h>
 
 #define HAVMSI_VERSION_MAJOR	0x1U
-#define HAVMSI_VERSION_MINOR	0x1U
+#define HAVMSI_VERSION_MINOR	0x2U
+#define HAVMSI_FEATURE_SEALING	0x1U
 #define HAVMSI_FN_UID	0x8200ff01U
 #define HAVMSI_UID_0	0x4b2f7d1cU
 #define HAVMSI_UID_1	0x96e3a85dU
