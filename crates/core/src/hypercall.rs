@@ -113,7 +113,11 @@ pub fn answered(m: &impl Machine, vm: &mut Vm, caller: u64, x: [u64; 2], answer:
     let Answer::Results(results) = answer else { return vm.cpu_on_answered(caller, 0) };
     vm.cpu_on_answered(caller, results[0]);
     if low32(x[0]) == id::MEM_UNSHARE | id::SMC64 && results[0] == 0 {
-        results[0] = smccc(vm.unshare(m, Ipa(x[1])));
+        match vm.unshare(m, Ipa(x[1])) {
+            // The host took the page away meanwhile: the guest calls again.
+            Err(Error::Again) => *answer = Answer::Nothing,
+            result => results[0] = smccc(result),
+        }
     }
 }
 

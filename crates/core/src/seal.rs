@@ -31,7 +31,7 @@ impl Seal {
     /// No key yet.
     pub(crate) const NEW: Self = Self { key: [0; 4], version: 0 };
 
-    /// The next version: no two pages have the same under one key, which is made first.
+    /// The version of what is sealed next; makes the key first.
     ///
     /// # Errors
     /// [`Error::NotSupported`] if there are no random numbers for it.
@@ -39,11 +39,10 @@ impl Seal {
         &mut self,
         random: impl FnOnce() -> Option<[u64; 4]>,
     ) -> Result<u64, Error> {
-        if self.version == 0 {
+        if self.key == [0; 4] {
             self.key = random().ok_or(Error::NotSupported)?;
         }
-        self.version += 1;
-        Ok(self.version)
+        Ok(self.version + 1)
     }
 
     /// The last one.
@@ -56,9 +55,11 @@ impl Seal {
         Aes256Gcm::new(&bytes::<4, 32>(self.key).into())
     }
 
-    /// Encrypts what was at `place` (VM and IPA) as `version`.
-    pub(crate) fn seal(&self, version: u64, place: [u64; 2], content: &mut [u8; 4096]) -> Tag {
-        let (nonce, place): ([u8; 12], [u8; 16]) = (bytes([version, 0]), bytes(place));
+    /// Encrypts what was at `place` (VM and IPA) as the next version: no two have the
+    /// same under one key.
+    pub(crate) fn seal(&mut self, place: [u64; 2], content: &mut [u8; 4096]) -> Tag {
+        self.version += 1;
+        let (nonce, place): ([u8; 12], [u8; 16]) = (bytes([self.version, 0]), bytes(place));
         let content = content.as_mut_slice().into();
         let tag = self.cipher().encrypt_inout_detached(&nonce.into(), &place, content);
         let Ok(tag) = tag else { panic!("a page is too long for GCM") };

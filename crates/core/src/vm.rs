@@ -528,7 +528,7 @@ impl Vm {
             let (page, tag) = if page.is_shared() {
                 (page.give_back(), [0; 2])
             } else {
-                page.change(m.hw(), |content| self.seal.seal(version, place, content))
+                page.change(m.hw(), |content| self.seal.seal(place, content))
             };
             give_to_host(m, page);
             return Ok((i + 1, tag));

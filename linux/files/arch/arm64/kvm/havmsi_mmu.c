@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * HA-VMSI: a VM's memory. Pages are pinned in the VMM's address space and
- * donated to the VM by the monitor; they come back wiped. What the VM shares
- * is still its own, and there for us to use: the monitor shows it again where
- * it always was. Nothing else of KVM's stage-2 code does anything in this
- * mode: its table stays empty.
+ * HA-VMSI: a VM's memory. Pages of the VMM's address space are donated to the
+ * VM by the monitor. When an MMU notifier takes one back (swap, migration,
+ * compaction, KSM, a slot that goes) the monitor encrypts it: we keep a tag
+ * that it wants to see when the content returns to that guest address. What
+ * the VM shares is still its own, and there for us to use: the monitor shows
+ * it again where it always was, and it goes and comes as it is. A monitor
+ * without entropy can't seal: then all pages are pinned until the VM is gone.
+ *
+ * Nothing else of KVM's stage-2 code does anything in this mode: its table
+ * stays empty.
  */
 #include <linux/delay.h>
 #include <linux/kvm_host.h>
@@ -20,7 +25,6 @@
 
 #include "havmsi.h"
 
-#define PIN_FLAGS	(FOLL_WRITE | FOLL_LONGTERM)
 #define BATCH		(PAGE_SIZE / sizeof(struct page *))
 
 #define kvm_pr_limited(fmt, ...) \
@@ -93,25 +97,166 @@ void havmsi_pool_free(struct havmsi_vm *hv)
 	INIT_LIST_HEAD(&hv->pool);
 }
 
-/* ---- pages that come back ---- */
+/* ---- pages that go and come back ---- */
 
-/* Wiped, so whatever copy of it lies elsewhere (swap) is out of date. */
-static void unpin(struct page *page)
+atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused;
+
+static void drop(struct page *page)
 {
-	unpin_user_pages_dirty_lock(&page, 1, true);
+	if (havmsi_sealing)
+		put_page(page);
+	else
+		unpin_user_page(page);
 }
 
-void havmsi_unpin_all(struct havmsi_vm *hv)
+/* Somebody has written to it, so whatever copy lies elsewhere (swap) is old. */
+static void drop_dirty(struct page *page)
+{
+	set_page_dirty_lock(page);
+	mark_page_accessed(page);
+	drop(page);
+}
+
+/* All pages came back, wiped. */
+void havmsi_forget_pages(struct havmsi_vm *hv)
 {
 	unsigned long gfn;
 	struct page *page;
+	void *tags;
 
 	hv->drops++;
-	xa_for_each(&hv->pages, gfn, page) {
-		unpin(page);
-		cond_resched();
-	}
+	if (!havmsi_sealing)
+		xa_for_each(&hv->pages, gfn, page) {
+			drop_dirty(page);
+			cond_resched();
+		}
+	write_lock(&hv->kvm->mmu_lock);
 	xa_destroy(&hv->pages);
+	xa_for_each(&hv->tags, gfn, tags)
+		free_page((unsigned long)tags);
+	xa_destroy(&hv->tags);
+	write_unlock(&hv->kvm->mmu_lock);
+}
+
+static struct havmsi_tag *tag_of(struct havmsi_vm *hv, gfn_t gfn)
+{
+	struct havmsi_tag *tags = xa_load(&hv->tags, gfn / HAVMSI_TAGS);
+
+	return tags ? &tags[gfn % HAVMSI_TAGS] : NULL;
+}
+
+/* All memory that is needed for a page that comes, and later goes. */
+static int prepare_place(struct havmsi_vm *hv, gfn_t gfn)
+{
+	if (!tag_of(hv, gfn)) {
+		void *tags = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
+		void *old;
+
+		if (!tags)
+			return -ENOMEM;
+		old = xa_cmpxchg(&hv->tags, gfn / HAVMSI_TAGS, NULL, tags,
+				 GFP_KERNEL_ACCOUNT);
+		if (old) {
+			free_page((unsigned long)tags);
+			if (xa_is_err(old))
+				return xa_err(old);
+		}
+	}
+	return xa_reserve(&hv->pages, gfn, GFP_KERNEL_ACCOUNT);
+}
+
+/*
+ * Gives a page, which was looked up at @seq, to the VM by the call @fn.
+ * -EAGAIN if it may be another one by now, -EEXIST if the VM has one there.
+ */
+static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
+		  unsigned long seq)
+{
+	struct kvm *kvm = hv->kvm;
+	int ret;
+
+	for (;;) {
+		struct arm_smccc_1_2_regs regs = {
+			.a0 = fn, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
+			.a3 = page_to_phys(page), .a4 = PAGE_SIZE,
+		};
+		struct havmsi_tag *tag;
+
+		ret = prepare_place(hv, gfn);
+		if (ret)
+			return ret;
+		write_lock(&kvm->mmu_lock);
+		if (havmsi_sealing && mmu_invalidate_retry(kvm, seq))
+			ret = -EAGAIN;
+		else if (xa_load(&hv->pages, gfn))
+			ret = -EEXIST;
+		if (ret) {
+			write_unlock(&kvm->mmu_lock);
+			return ret;
+		}
+		tag = tag_of(hv, gfn);
+		regs.a5 = tag->low;
+		regs.a6 = tag->high;
+		arm_smccc_1_2_smc(&regs, &regs);
+		if (regs.a0 == HAVMSI_SUCCESS) {
+			/* Has its place already. */
+			xa_store(&hv->pages, gfn, page, GFP_NOWAIT);
+			if (tag->low | tag->high)
+				atomic64_inc(&havmsi_unsealed);
+			tag->low = tag->high = 0;
+		}
+		write_unlock(&kvm->mmu_lock);
+
+		if ((long)regs.a0 == HAVMSI_ERR_NOMEM && regs.a1) {
+			ret = havmsi_pool_donate(hv, regs.a1);
+			if (ret)
+				return ret;
+			continue;
+		}
+		if ((long)regs.a0 == HAVMSI_ERR_AGAIN) {
+			cond_resched();
+			continue;
+		}
+		if ((long)regs.a0 == HAVMSI_ERR_INTEGRITY)
+			atomic64_inc(&havmsi_refused);
+		return havmsi_errno((long)regs.a0);
+	}
+}
+
+/*
+ * From an MMU notifier, or because a slot goes: the VM's pages there are ours
+ * when this returns, encrypted. mmu_lock is held for writing.
+ */
+void havmsi_unmap_range(struct kvm *kvm, u64 start, u64 size, bool may_block)
+{
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	unsigned long gfn;
+	struct page *page;
+
+	if (!hv || !havmsi_sealing)
+		return;
+	xa_for_each_range(&hv->pages, gfn, page, start >> PAGE_SHIFT,
+			  (start + size - 1) >> PAGE_SHIFT) {
+		struct havmsi_tag *tag = tag_of(hv, gfn);
+		struct arm_smccc_1_2_regs res;
+		long status;
+
+		status = havmsi_call(HAVMSI_FN_PAGE_UNMAP, hv->handle,
+				     gfn << PAGE_SHIFT, 1, 0, &res);
+		if (!status) {
+			tag->low = res.a2;
+			tag->high = res.a3;
+			if (tag->low | tag->high)
+				atomic64_inc(&havmsi_sealed);
+		} else if (WARN_ON_ONCE(status != HAVMSI_ERR_INVALID)) {
+			/* Not ours any more: nobody may get it. */
+			get_page(page);
+		}
+		/* INVALID: the VM is gone, and has left all of it wiped. */
+		xa_erase(&hv->pages, gfn);
+		if (may_block)
+			cond_resched_rwlock_write(&kvm->mmu_lock);
+	}
 }
 
 void havmsi_uncharge(struct havmsi_vm *hv)
@@ -143,6 +288,8 @@ int havmsi_declare_ram(struct havmsi_vm *hv)
 		pages += iter.slot->npages;
 	}
 
+	if (havmsi_sealing)
+		return 0;
 	/*
 	 * Sooner or later all of it is pinned. Say so now, not when the guest
 	 * touches the page that is one too many.
@@ -183,27 +330,21 @@ static bool nothing_mapped(struct mm_struct *mm, unsigned long addr)
 	       pmd_none(pmdp_get_lockless(pmd_offset(pud, addr)));
 }
 
-static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page)
+static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page,
+			 unsigned long seq)
 {
-	struct arm_smccc_1_2_regs regs = {
-		.a0 = HAVMSI_FN_VM_POPULATE, .a1 = hv->handle,
-		.a2 = gfn << PAGE_SHIFT, .a3 = page_to_phys(page),
-	};
 	int ret;
 
 	/* Zero pages don't count, and the guest gets zeros anyway. */
 	if (!memchr_inv(page_address(page), 0, PAGE_SIZE)) {
-		unpin_user_page(page);
+		drop(page);
 		return 0;
 	}
-	ret = xa_err(xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT));
-	if (!ret) {
-		ret = havmsi_vm_call(hv, &regs, NULL);
-		if (ret)
-			xa_erase(&hv->pages, gfn);
-	}
+	ret = donate(hv, HAVMSI_FN_VM_POPULATE, gfn, page, seq);
 	if (ret)
-		unpin_user_page(page);
+		drop(page);
+	else if (havmsi_sealing)
+		drop_dirty(page);
 	return ret;
 }
 
@@ -224,6 +365,7 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 					hva + ((slot->npages - off) << PAGE_SHIFT));
 		struct vm_area_struct *vma;
 		long got = 0, skip, i;
+		unsigned long seq;
 		int ret = 0;
 
 		cond_resched();
@@ -235,10 +377,17 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 		if (vma)
 			end = min(end, vma->vm_start > hva ? vma->vm_start : vma->vm_end);
 		skip = (end - hva) >> PAGE_SHIFT;
+		seq = hv->kvm->mmu_invalidate_seq;
+		smp_rmb();
 		if (vma && vma->vm_start <= hva &&
 		    !(vma->vm_flags & (VM_IO | VM_PFNMAP)) &&
 		    !(vma_is_anonymous(vma) && nothing_mapped(mm, hva))) {
-			got = pin_user_pages(hva, skip, PIN_FLAGS | FOLL_DUMP, pages);
+			if (havmsi_sealing)
+				got = get_user_pages(hva, skip, FOLL_WRITE | FOLL_DUMP,
+						     pages);
+			else
+				got = pin_user_pages(hva, skip, FOLL_WRITE | FOLL_DUMP |
+						     FOLL_LONGTERM, pages);
 			/* A hole at @hva, or nothing that can be written. */
 			if (got == -EFAULT)
 				got = 0;
@@ -250,13 +399,17 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 			return got;
 		for (i = 0; i < got; i++) {
 			if (!ret)
-				ret = populate_page(hv, slot->base_gfn + off + i, pages[i]);
+				ret = populate_page(hv, slot->base_gfn + off, pages[i], seq);
 			else
-				unpin_user_page(pages[i]);
+				drop(pages[i]);
+			if (!ret)
+				off++;
 		}
-		if (ret)
+		/* It may be another page by now: look again. */
+		if (ret && ret != -EAGAIN)
 			return ret;
-		off += got ?: skip;
+		if (!got)
+			off += skip;
 	}
 	return 0;
 }
@@ -335,6 +488,10 @@ static bool pinned_by_others(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
 	unsigned long first, i, own = 0;
 	struct page *other;
 
+	/* We have none. */
+	if (havmsi_sealing)
+		return folio_maybe_dma_pinned(folio);
+
 	if (!folio_test_large(folio))
 		return (unsigned int)folio_ref_count(folio) >=
 		       2 * GUP_PIN_COUNTING_BIAS;
@@ -361,42 +518,16 @@ static int not_yet(void)
 	return 1;
 }
 
-/*
- * The guest wants a page back that it shared. The monitor takes it out of our
- * map when we answer 0; the guest asks again until it is answered.
- */
-static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
-{
-	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
-	struct havmsi_vm *hv = vcpu->kvm->arch.havmsi;
-	gfn_t gfn = ipa >> PAGE_SHIFT;
-	struct page *page;
-	int ret = 1;
-
-	down_read(&hv->lock);
-	page = xa_load(&hv->pages, gfn);
-	if (page && pinned_by_others(hvcpu, hv, gfn, page, false)) {
-		/* No answer. */
-		hvcpu->exit_class = HAVMSI_EXIT_IRQ;
-		ret = not_yet();
-	} else {
-		vcpu_set_reg(vcpu, 0, 0);
-	}
-	up_read(&hv->lock);
-	return ret;
-}
-
-/* The guest wants a page of its RAM that it doesn't have yet. */
+/* The guest wants a page of its RAM that it doesn't have, or not any more. */
 static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 {
 	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
 	struct kvm *kvm = vcpu->kvm;
 	struct havmsi_vm *hv = kvm->arch.havmsi;
 	gfn_t gfn = ipa >> PAGE_SHIFT;
-	struct arm_smccc_1_2_regs regs;
 	struct kvm_memory_slot *slot;
+	unsigned long hva, seq;
 	struct page *page;
-	unsigned long hva;
 	bool writable;
 	int ret, idx;
 
@@ -414,52 +545,85 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		ret = -EFAULT;
 		goto out;
 	}
-	ret = pin_user_pages_fast(hva, 1, PIN_FLAGS, &page);
+	seq = kvm->mmu_invalidate_seq;
+	smp_rmb();
+	if (havmsi_sealing)
+		ret = get_user_pages_fast(hva, 1, FOLL_WRITE, &page);
+	else
+		ret = pin_user_pages_fast(hva, 1, FOLL_WRITE | FOLL_LONGTERM, &page);
 	if (ret != 1) {
 		if (ret == -EINTR || ret == -EAGAIN)
 			goto out;
-		kvm_pr_limited("HA-VMSI VM %llu: can't pin the memory behind guest address %#llx (%d)\n",
+		kvm_pr_limited("HA-VMSI VM %llu: can't get the memory behind guest address %#llx (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = -EFAULT;
 		goto out;
 	}
 
 	if (pinned_by_others(hvcpu, hv, gfn, page, true)) {
-		unpin_user_page(page);
+		drop(page);
 		ret = not_yet();
 		goto out;
 	}
 
-	ret = xa_insert(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
-	if (ret) {
-		unpin_user_page(page);
-		/* Another vCPU is at the same page: let it. */
-		if (ret == -EBUSY) {
-			cond_resched();
-			ret = 1;
-		}
+	ret = donate(hv, HAVMSI_FN_PAGE_MAP, gfn, page, seq);
+	if (!ret) {
+		if (havmsi_sealing)
+			drop_dirty(page);
+		else if (hvcpu->folio == page_folio(page))
+			hvcpu->own++;
+		ret = 1;
 		goto out;
 	}
-	regs = (struct arm_smccc_1_2_regs) {
-		.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
-		.a3 = page_to_phys(page), .a4 = PAGE_SIZE,
-	};
-	ret = havmsi_vm_call(hv, &regs, NULL);
-	if (ret) {
-		xa_erase(&hv->pages, gfn);
-		unpin_user_page(page);
+	drop(page);
+	if (ret == -EAGAIN || ret == -EEXIST) {
+		/* Taken from us again, or another vCPU was at the same page: try again. */
+		cond_resched();
+		ret = 1;
+	} else if (ret == -EIO) {
+		kvm_pr_limited("HA-VMSI VM %llu: the monitor has stopped it: what came back at guest address %#llx is not what was sealed there\n",
+				    hv->handle & 0xffff, ipa);
+		ret = -EFAULT;
+	} else {
 		kvm_pr_limited("HA-VMSI VM %llu: PAGE_MAP of guest address %#llx failed (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = ret == -ENOMEM ? ret : -EFAULT;
-		goto out;
 	}
-	if (hvcpu->folio == page_folio(page))
-		hvcpu->own++;
-	ret = 1;
 out:
 	up_read(&hv->lock);
 	srcu_read_unlock(&kvm->srcu, idx);
 	return ret;
+}
+
+/*
+ * The guest wants a page back that it shared. The monitor takes it out of our
+ * map when we answer 0; the guest asks again until it is answered.
+ */
+static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
+{
+	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
+	struct kvm *kvm = vcpu->kvm;
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	gfn_t gfn = ipa >> PAGE_SHIFT;
+	bool gone, pinned = false;
+	struct page *page;
+
+	down_read(&hv->lock);
+	read_lock(&kvm->mmu_lock);
+	page = xa_load(&hv->pages, gfn);
+	gone = !page && tag_of(hv, gfn);
+	if (page)
+		pinned = pinned_by_others(hvcpu, hv, gfn, page, false);
+	read_unlock(&kvm->mmu_lock);
+	up_read(&hv->lock);
+
+	if (!gone && !pinned) {
+		vcpu_set_reg(vcpu, 0, 0);
+		return 1;
+	}
+	/* No answer. */
+	hvcpu->exit_class = HAVMSI_EXIT_IRQ;
+	return gone ? map_page(vcpu, ipa) : not_yet();
 }
 
 /* In place of KVM's: the monitor has told RAM and devices apart already. */
@@ -477,35 +641,4 @@ int havmsi_handle_guest_abort(struct kvm_vcpu *vcpu)
 	ret = io_mem_abort(vcpu, hvcpu->exit_ipa);
 	srcu_read_unlock(&vcpu->kvm->srcu, idx);
 	return ret;
-}
-
-/* A memory slot goes (slots_lock is held): its pages come back wiped. */
-void havmsi_flush_memslot(struct kvm *kvm, struct kvm_memory_slot *slot)
-{
-	struct havmsi_vm *hv = kvm->arch.havmsi;
-	gfn_t end = slot->base_gfn + slot->npages;
-	unsigned long gfn;
-	struct page *page;
-
-	if (!hv)
-		return;
-	down_write(&hv->lock);
-	if (!hv->handle)
-		goto out;
-	hv->drops++;
-	xa_for_each_range(&hv->pages, gfn, page, slot->base_gfn, end - 1) {
-		struct arm_smccc_1_2_regs regs = {
-			.a0 = HAVMSI_FN_PAGE_UNMAP, .a1 = hv->handle,
-			.a2 = gfn << PAGE_SHIFT, .a3 = 1,
-		};
-
-		/* What the monitor doesn't give back stays pinned until VM_DESTROY. */
-		if (WARN_ON_ONCE(havmsi_vm_call(hv, &regs, NULL)))
-			continue;
-		xa_erase(&hv->pages, gfn);
-		unpin(page);
-		cond_resched();
-	}
-out:
-	up_write(&hv->lock);
 }

@@ -209,6 +209,10 @@ int havmsi_vcpu_enter_exit(struct kvm_vcpu *vcpu)
 	case HAVMSI_ERR_BUSY:
 		/* Nothing was taken, nothing has run: come back with the same. */
 		return ARM_EXCEPTION_IRQ;
+	case HAVMSI_ERR_INTEGRITY:
+		pr_err_ratelimited("havmsi: VM %llu vCPU %d: the monitor has stopped the VM: a page that came back is not what was sealed\n",
+				   hvcpu->handle & 0xffff, vcpu->vcpu_id);
+		return ARM_EXCEPTION_IL;
 	case HAVMSI_ERR_STATE:
 		/* A reset came first; the next round launches or waits for it. */
 		if (!havmsi_vm_sealed(vcpu->kvm))

@@ -46,7 +46,7 @@ void havmsi_timer_load(u64 cntvoff);
 /* havmsi_mmu.c: a VM's memory */
 int havmsi_map_dev(struct kvm *kvm, u64 ipa, u64 pa, unsigned long size);
 int havmsi_handle_guest_abort(struct kvm_vcpu *vcpu);
-void havmsi_flush_memslot(struct kvm *kvm, struct kvm_memory_slot *slot);
+void havmsi_unmap_range(struct kvm *kvm, u64 start, u64 size, bool may_block);
 
 /* havmsi_run.c: entering the guest */
 int havmsi_vcpu_enter_exit(struct kvm_vcpu *vcpu);
