@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use havmsi_abi::Error::{self, Again, Busy, Denied, Invalid, NoMemory, State};
+use havmsi_abi::Error::{self, Again, Busy, Denied, Integrity, Invalid, NoMemory, State};
 use havmsi_abi::{Entry, EntryFlags, Exit, ExitClass, MAX_PAGES_PER_CALL, PAGE_SIZE};
 use sha2::{Digest as _, Sha256};
 
@@ -37,8 +37,19 @@ pub enum Owner {
 pub enum Phase {
     Open,
     Active,
+    /// What came back for a page was not what was sealed.
+    Stopped,
     Resetting,
     Destroying,
+}
+
+/// What the host took away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gone {
+    /// A shared page: any may come in its place.
+    Shared,
+    /// What was sealed with this number, and what the guest had there.
+    Sealed(usize, Content),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -112,7 +123,7 @@ pub struct Vm {
     /// I4: where each private page is.
     pub private: BTreeMap<u64, u64>,
     /// Places whose page was taken away.
-    pub lost: BTreeSet<u64>,
+    pub gone: BTreeMap<u64, Gone>,
     pub devices: BTreeSet<u64>,
     /// Runs of pages where the guest wants devices: first page and end.
     guards: Vec<(u64, u64)>,
@@ -159,10 +170,7 @@ impl Vm {
 
     /// Whether a leaf can come to `ipa`.
     fn place(&self, ipa: u64, no: &mut Reasons) {
-        if self.private.contains_key(&ipa)
-            || self.lost.contains(&ipa)
-            || self.devices.contains(&ipa)
-        {
+        if self.private.contains_key(&ipa) || self.devices.contains(&ipa) {
             no.because(Denied);
         } else if self.tables_missing(ipa) > self.spare() {
             no.0.push((NoMemory, self.tables_missing(ipa) - self.spare()));
@@ -171,7 +179,7 @@ impl Vm {
 
     fn forget_launch(&mut self) {
         self.image.clear();
-        self.lost.clear();
+        self.gone.clear();
         self.devices.clear();
         self.guards.clear();
         for vcpu in self.vcpus.values_mut() {
@@ -190,6 +198,12 @@ pub struct Reasons(pub Vec<Refusal>);
 impl Reasons {
     fn because(&mut self, error: Error) {
         self.0.push((error, 0));
+    }
+
+    /// The VM must be in one of these phases.
+    fn unless(&mut self, phases: &[Phase], vm: &Vm) {
+        let error = if vm.phase == Phase::Stopped { Integrity } else { State };
+        self.when(!phases.contains(&vm.phase), error);
     }
 
     fn when(&mut self, bad: bool, error: Error) {
@@ -287,7 +301,7 @@ impl Model {
             ram: vec![],
             vcpus: BTreeMap::new(),
             private: BTreeMap::new(),
-            lost: BTreeSet::new(),
+            gone: BTreeMap::new(),
             devices: BTreeSet::new(),
             guards: vec![],
             blocks: BTreeSet::new(),
@@ -304,7 +318,7 @@ impl Model {
             Ok(found) => found,
             Err(no) => return no,
         };
-        no.when(vm.phase != Phase::Open, State);
+        no.unless(&[Phase::Open], vm);
         let end = u128::from(ipa) + u128::from(size);
         no.when(!is_page(ipa) || !is_page(size) || size == 0, Invalid);
         no.when(end > 1 << vm.bits, Invalid);
@@ -330,7 +344,8 @@ impl Model {
             Err(no) => return no,
         };
         no.when(idx >= vm.max_vcpus, Invalid);
-        no.when(vm.phase != Phase::Open || vm.vcpus.contains_key(&idx), State);
+        no.unless(&[Phase::Open], vm);
+        no.when(vm.vcpus.contains_key(&idx), State);
         self.hosts(page, &mut no);
         if no.none() {
             self.own(page, Owner::RunPage(handle));
@@ -354,7 +369,7 @@ impl Model {
             Ok(found) => found,
             Err(no) => return no,
         };
-        no.when(vm.phase != Phase::Open, State);
+        no.unless(&[Phase::Open], vm);
         no.when(!vm.vcpus.contains_key(&idx), Invalid);
         if no.none()
             && let Some(vcpu) = vm.vcpus.get_mut(&idx)
@@ -364,13 +379,21 @@ impl Model {
         no
     }
 
-    /// POPULATE (`image`) and PAGE_MAP: a page comes in (I5, I7).
-    pub fn donate(&mut self, handle: Handle, ipa: u64, pa: u64, image: bool) -> Reasons {
+    /// POPULATE (`image`) and PAGE_MAP: a page comes in (I5, I7); it holds what was
+    /// sealed with the number `given`, and its tag comes along.
+    pub fn donate(
+        &mut self,
+        handle: Handle,
+        ipa: u64,
+        pa: u64,
+        image: bool,
+        given: Option<usize>,
+    ) -> Reasons {
         let (vm, mut no) = match self.vm(handle) {
             Ok(found) => found,
             Err(no) => return no,
         };
-        no.when(vm.phase != if image { Phase::Open } else { Phase::Active }, State);
+        no.unless(&[if image { Phase::Open } else { Phase::Active }], vm);
         no.when(!is_page(ipa), Invalid);
         no.when(image && vm.image.last().is_some_and(|(last, _)| ipa <= *last), Invalid);
         no.when(!vm.is_ram(ipa), Denied);
@@ -383,11 +406,25 @@ impl Model {
             }
             return no;
         }
-        let content = self.content(pa);
-        if !image {
-            self.wipe(pa);
+        let (vm, _) = self.vm(handle).expect("it is there");
+        let gone = vm.gone.get(&ipa).copied();
+        if let Some(Gone::Sealed(number, _)) = gone
+            && given != Some(number)
+        {
+            vm.phase = Phase::Stopped;
+            no.because(Integrity);
+            return no;
         }
-        self.own(pa, Owner::Private(handle));
+        vm.gone.remove(&ipa);
+        let content = self.content(pa);
+        match gone {
+            None if image => {}
+            None => self.wipe(pa),
+            Some(Gone::Shared) => {}
+            Some(Gone::Sealed(_, content)) => drop(self.contents.insert(pa, content)),
+        }
+        let shared = gone == Some(Gone::Shared);
+        self.own(pa, if shared { Owner::Shared(handle) } else { Owner::Private(handle) });
         let (vm, _) = self.vm(handle).expect("it is there");
         vm.add_tables(ipa);
         vm.private.insert(ipa, pa);
@@ -429,7 +466,7 @@ impl Model {
 
     pub fn activate(&mut self, handle: Handle) -> Result<[u8; 32], Reasons> {
         let (vm, mut no) = self.vm(handle)?;
-        no.when(vm.phase != Phase::Open, State);
+        no.unless(&[Phase::Open], vm);
         no.when(vm.vcpus.values().all(|v| v.boot.is_none()), State);
         if !no.none() {
             return Err(no);
@@ -441,27 +478,33 @@ impl Model {
         Ok(Self::digest(vm))
     }
 
-    pub fn unmap(&mut self, handle: Handle, ipa: u64, n: u64) -> Reasons {
-        let (vm, mut no) = match self.vm(handle) {
-            Ok(found) => found,
-            Err(no) => return no,
-        };
-        no.when(!matches!(vm.phase, Phase::Open | Phase::Active), State);
+    /// PAGE_UNMAP: where, in which page, and whether it was shared; if it is sealed it
+    /// gets this number.
+    pub fn unmap(
+        &mut self,
+        handle: Handle,
+        ipa: u64,
+        n: u64,
+        number: usize,
+    ) -> Result<Option<(u64, u64, Gone)>, Reasons> {
+        let (vm, mut no) = self.vm(handle)?;
         no.when(n > MAX_PAGES_PER_CALL || !is_page(ipa), Invalid);
         no.when(u128::from(ipa) + u128::from(n) * 4096 > 1 << vm.bits, Invalid);
         if !no.none() {
-            return no;
+            return Err(no);
         }
-        let gone: Vec<_> =
-            vm.private.range(ipa..ipa + n * PAGE_SIZE).map(|(ipa, pa)| (*ipa, *pa)).collect();
-        for (ipa, pa) in gone {
-            let (vm, _) = self.vm(handle).expect("it is there");
-            vm.private.remove(&ipa);
-            vm.lost.insert(ipa);
-            self.wipe(pa);
-            self.own(pa, Owner::Host);
-        }
-        no
+        let first = vm.private.range(ipa..ipa + n * PAGE_SIZE).next().map(|(ipa, pa)| (*ipa, *pa));
+        let Some((ipa, pa)) = first else { return Ok(None) };
+        let content = self.content(pa);
+        let gone = match self.owners[&pa] {
+            Owner::Shared(_) => Gone::Shared,
+            _ => Gone::Sealed(number, content),
+        };
+        let (vm, _) = self.vm(handle)?;
+        vm.private.remove(&ipa);
+        vm.gone.insert(ipa, gone);
+        self.own(pa, Owner::Host);
+        Ok(Some((ipa, pa, gone)))
     }
 
     pub fn map_device(&mut self, handle: Handle, ipa: u64) -> Reasons {
@@ -469,7 +512,7 @@ impl Model {
             Ok(found) => found,
             Err(no) => return no,
         };
-        no.when(!matches!(vm.phase, Phase::Open | Phase::Active), State);
+        no.unless(&[Phase::Open, Phase::Active], vm);
         no.when(!is_page(ipa) || ipa >> vm.bits != 0, Invalid);
         no.when(vm.gic != 2 || vm.is_ram(ipa), Denied);
         vm.place(ipa, &mut no);
@@ -485,7 +528,7 @@ impl Model {
             Ok(found) => found,
             Err(no) => return no,
         };
-        no.when(!matches!(vm.phase, Phase::Open | Phase::Active), State);
+        no.unless(&[Phase::Open, Phase::Active], vm);
         no.when(!(1..=MAX_PAGES_PER_CALL).contains(&n), Invalid);
         let pages: Vec<u64> = (0..n.min(33)).map(|i| pa.wrapping_add(i * PAGE_SIZE)).collect();
         pages.iter().for_each(|page| self.hosts(*page, &mut no));
@@ -599,8 +642,17 @@ impl Model {
             Ok(found) => found,
             Err(no) => return no,
         };
-        no.when(vm.phase != Phase::Active, State);
+        no.unless(&[Phase::Active], vm);
         let gic = vm.gic;
+        // A page that is to be unshared and is not there: the guest calls again.
+        let again = vm.vcpus.get(&idx).is_some_and(|vcpu| {
+            let [function, ipa, ..] = vcpu.registers.x;
+            function & 0xffff_ffff == MEM_UNSHARE
+                && entry.gpr[0] == 0
+                && is_page(ipa)
+                && vm.is_ram(ipa)
+                && !vm.private.contains_key(&ipa)
+        });
         let Some(vcpu) = vm.vcpus.get_mut(&idx) else {
             no.because(Invalid);
             return no;
@@ -647,7 +699,8 @@ impl Model {
             vcpu.registers.x[..4].copy_from_slice(&x);
             vcpu.power = Power::On;
         }
-        let complete = answer == EntryFlags::COMPLETE;
+        let again = again && question == Question::Hypercall;
+        let complete = answer == EntryFlags::COMPLETE && !again;
         let mut unshared = None;
         let x = &mut vcpu.registers.x;
         match question {

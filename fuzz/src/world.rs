@@ -13,12 +13,13 @@ use havmsi_core::host_map::Resolution;
 use havmsi_core::hypercall;
 use havmsi_core::launch::{Boot, Config};
 use havmsi_core::page::{self, Claimed, Page, VmSlot};
+use havmsi_core::seal::Tag;
 use havmsi_core::stage2::{Attributes, Entry as Leaf, vttbr};
 use havmsi_core::vm::{Machine as _, Vm, handle_slot};
 use havmsi_core::{psci, vgic};
 
 use crate::model::{
-    self, Called, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Refusal,
+    self, Called, Gone, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Refusal,
     Registers, Trap,
 };
 
@@ -129,6 +130,8 @@ pub struct World<'a> {
     /// What the host's CPUs are to be: off, being turned on, on.
     cpus: [u8; 3],
     model: Model,
+    /// What the host got of VMs, with its tags.
+    sealed: Vec<(Box<[u64; 512]>, Tag)>,
     verbose: bool,
 }
 
@@ -148,6 +151,7 @@ impl<'a> World<'a> {
             power: [psci::Power::On, psci::Power::Off, psci::Power::Off],
             cpus: [2, 0, 0],
             model: Model::new(host),
+            sealed: vec![],
             verbose,
         }
     }
@@ -256,7 +260,7 @@ impl<'a> World<'a> {
             4 => {
                 let (ipa, pa) = (place(a), some_page(b));
                 let result = self.on(handle, |vm, m| vm.populate(m, ipa, pa, &mut [0; 4096]));
-                let no = self.model.donate(handle, ipa, pa, true);
+                let no = self.model.donate(handle, ipa, pa, true, None);
                 Self::same("VM_POPULATE", &result, &no);
             }
             5 => {
@@ -268,14 +272,10 @@ impl<'a> World<'a> {
             }
             6 => self.enter(handle, idx, [b, c, d, e]),
             7 => {
-                let (ipa, pa) = (place(a), some_page(b));
-                let result = self.on(handle, |vm, m| vm.map_page(m, ipa, pa, [0; 2]));
-                Self::same("PAGE_MAP", &result, &self.model.donate(handle, ipa, pa, false));
+                self.map(handle, place(a), some_page(b), c);
             }
             8 => {
-                let (ipa, n) = (place(a), u64::from(b % 40));
-                let result = self.on(handle, |vm, m| Ok(vm.unmap_pages(m, ipa, n)?));
-                Self::same("PAGE_UNMAP", &result, &self.model.unmap(handle, ipa, n));
+                self.unmap(handle, place(a), u64::from(b % 40));
             }
             9 => {
                 let (ipa, pa) = (place(a), Pa(GICV + u64::from(b & 1) * PAGE_SIZE));
@@ -308,6 +308,67 @@ impl<'a> World<'a> {
         }
         self.compare();
         self.m.hw.take_events();
+    }
+
+    /// PAGE_MAP; `c` says whether the host is honest about what was sealed there.
+    fn map(&mut self, handle: Handle, ipa: u64, pa: u64, c: u8) {
+        let gone = self.model.vms.get(&handle).and_then(|vm| vm.gone.get(&ipa));
+        let last = match gone {
+            Some(Gone::Sealed(number, _)) => *number,
+            _ => usize::from(c),
+        };
+        let number = if c < 0xe0 { last } else { usize::from(c - 0xe0) };
+        let host = self.model.owners.get(&pa) == Some(&Owner::Host);
+        let given = self.sealed.get(number).filter(|_| host && gone.is_some());
+        let mut tag = [0; 2];
+        if let Some((words, is)) = given {
+            tag = *is;
+            for (i, word) in words.iter().enumerate() {
+                self.m.hw.poke(Pa(pa), i, *word);
+            }
+            self.model.contents.insert(pa, [words[0], words[511]]);
+        }
+        let given = given.map(|_| number);
+        let result = self.on(handle, |vm, m| vm.map_page(m, ipa, pa, tag));
+        Self::same("PAGE_MAP", &result, &self.model.donate(handle, ipa, pa, false, given));
+        // What is between the two words that are looked at stays zero.
+        if given.is_some() {
+            let owner = self.model.owners[&pa];
+            if owner == Owner::Host {
+                self.clear(pa);
+            } else {
+                (1..511).for_each(|i| self.m.hw.poke(Pa(pa), i, 0));
+            }
+        }
+    }
+
+    /// The host clears its page.
+    fn clear(&mut self, pa: u64) {
+        (0..512).for_each(|i| self.m.hw.poke(Pa(pa), i, 0));
+        self.model.contents.remove(&pa);
+    }
+
+    /// PAGE_UNMAP; what comes sealed the host puts aside.
+    fn unmap(&mut self, handle: Handle, ipa: u64, n: u64) {
+        let result = self.on(handle, |vm, m| Ok(vm.unmap_pages(m, ipa, n)?));
+        match self.model.unmap(handle, ipa, n, self.sealed.len()) {
+            Err(no) => Self::same("PAGE_UNMAP", &result, &no),
+            Ok(None) => assert_eq!(result, Ok((n, [0; 2])), "PAGE_UNMAP of nothing"),
+            Ok(Some((at, pa, gone))) => {
+                let (done, tag) = result.expect("a page to take");
+                assert_eq!(done, (at - ipa) / PAGE_SIZE + 1, "PAGE_UNMAP");
+                let Gone::Sealed(_, content) = gone else {
+                    assert_eq!(tag, [0; 2], "a shared page is not sealed");
+                    return;
+                };
+                let words: Box<[u64; 512]> =
+                    Box::new(std::array::from_fn(|i| self.m.hw.peek(Pa(pa), i)));
+                let old = words.iter().any(|word| *word == 0 || content.contains(word));
+                assert!(!old, "{pa:#x} leaves its VM in clear (I5)");
+                self.sealed.push((words, tag));
+                self.clear(pa);
+            }
+        }
     }
 
     fn create(&mut self, max_vcpus: u64, gic: u64, bits: u64) {

@@ -174,7 +174,7 @@ impl Op {
             }
             Self::Activate(_) => drop(vm.activate(m)?),
             Self::Map(_, at, pa) => vm.map_page(m, place(at).0, page(pa).0, [0; 2])?,
-            Self::Unmap(_, at, n) => vm.unmap_pages(m, place(at).0, u64::from(n))?,
+            Self::Unmap(_, at, n) => drop(vm.unmap_pages(m, place(at).0, u64::from(n))?),
             Self::UnmapSwapped(_, at, n) => {
                 m.stop(Stop::LockMap);
                 m.map_held.set(true);
@@ -219,6 +219,8 @@ pub enum Stop {
     Zero(Pa),
     /// A page is copied out.
     Copy(Pa),
+    /// A page is encrypted: of what was in it nothing is left, as if it was wiped.
+    Seal(Pa),
     /// All instruction caches forget.
     InvalidateIcache,
     /// The host's TLBs forget an address.
@@ -235,7 +237,7 @@ impl Stop {
     /// Whether memory changes.
     #[must_use]
     pub const fn changes_memory(self) -> bool {
-        matches!(self, Self::Write(..) | Self::Zero(_))
+        matches!(self, Self::Write(..) | Self::Zero(_) | Self::Seal(_))
     }
 }
 
@@ -602,8 +604,17 @@ impl Hardware for Bench {
     }
 
     fn write_entry(&self, table: Pa, index: usize, value: u64) {
-        self.stop(Stop::Write(table, index, value));
-        self.stop(Stop::Done);
+        let changed = self.run.borrow().as_ref().is_some_and(|run| run.measured == Some(table));
+        if !changed {
+            self.stop(Stop::Write(table, index, value));
+            return self.stop(Stop::Done);
+        }
+        // A page's content, word by word. What comes from the host never has the right
+        // tag, and stays as it is.
+        let op = self.run.borrow().as_ref().map(|run| run.op);
+        if index == DATA && matches!(op, Some(Op::Unmap(..) | Op::UnmapSwapped(..))) {
+            self.stop(Stop::Seal(table));
+        }
     }
 
     fn zero_page(&self, page: Pa) {
@@ -644,6 +655,10 @@ impl Machine for Bench {
 
     fn hw(&self) -> &Self {
         self
+    }
+
+    fn random(&self) -> Option<[u64; 4]> {
+        Some([1; 4])
     }
 
     fn pages(&self) -> &Pages<'_> {

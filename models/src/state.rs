@@ -263,7 +263,9 @@ impl State {
             let after = if *k.vm(number) == vm { number } else { k.number(vm) };
             let step = matches!(call.op, Op::Reset(_) | Op::Destroy(_))
                 && *result == Err(Error::Again.into());
-            if result.is_err() && !step && (after != number || call.acted) {
+            // The VM has stopped, and has no other page.
+            let stops = *result == Err(Error::Integrity.into()) && after != number;
+            if result.is_err() && !step && !stops && (after != number || call.acted) {
                 self.break_promise(Broken::I9, || {
                     format!("{:?} was refused ({result:?}) and changed something", call.op)
                 });
@@ -324,7 +326,7 @@ impl State {
             Stop::LockMap => self.map_lock = Some(cpu.to_le_bytes()[0]),
             Stop::LockVm => call.vm = call.op.vm().map(|vm| self.vms[usize::from(vm)]),
             Stop::Write(table, i, value) => self.write(k, cpu, call, word(table, i), value),
-            Stop::Zero(pa) => {
+            Stop::Zero(pa) | Stop::Seal(pa) => {
                 self.unused(k, cpu, pa, "wiped");
                 self.memory.clear(pa.0);
                 if let Some(n) = number(pa.0) {

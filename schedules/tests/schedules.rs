@@ -110,7 +110,7 @@ impl<'a> Board<'a> {
     }
 
     fn unmap(&self, handle: u64, ipa: u64, n: u64) -> Called {
-        self.call(handle, |vm| vm.unmap_pages(&self.m, ipa, n))
+        self.call(handle, |vm| vm.unmap_pages(&self.m, ipa, n).map(|_| ()))
     }
 
     fn pool(&self, handle: u64, page: Pa, n: u64) -> Called {

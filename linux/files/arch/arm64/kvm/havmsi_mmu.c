@@ -19,6 +19,7 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/string.h>
+#include <linux/swap.h>
 
 #include <asm/kvm_emulate.h>
 #include <asm/kvm_mmu.h>
