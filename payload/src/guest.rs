@@ -230,6 +230,19 @@ impl Vm {
         Ok(page)
     }
 
+    /// Takes the page at `ipa` back, sealed; gives the tag.
+    #[track_caller]
+    pub fn take_back(&self, ipa: u64) -> Result<[u64; 2], Failure> {
+        let [done, low, high, _] = self.call(Function::PageUnmap, &[ipa, 1])?;
+        crate::expect!(done, 1);
+        Ok([low, high])
+    }
+
+    /// Gives `page` for `ipa`, with the tag of what it holds.
+    pub fn give(&self, ipa: u64, page: u64, tag: [u64; 2]) -> Result<(), Refusal> {
+        self.call(Function::PageMap, &[ipa, page, 4096, tag[0], tag[1]]).map(|_| ())
+    }
+
     /// Destroys it.
     #[track_caller]
     pub fn destroy(&self) -> Result<(), Failure> {

@@ -198,6 +198,23 @@ pub fn is_zero(page: u64) -> bool {
     (page..page + PAGE_SIZE).step_by(8).all(|at| read(at) == 0)
 }
 
+/// Whether nothing in the page is what was there: it is encrypted. No word is zero, none
+/// is like the one before it, or as [`fill`] would make that with any pattern.
+pub fn is_sealed(page: u64) -> bool {
+    (page..page + PAGE_SIZE).step_by(8).all(|at| {
+        let next = if at % PAGE_SIZE == PAGE_SIZE - 8 { page } else { at + 8 };
+        let (word, other) = (read(at), read(next));
+        word != 0 && word != other && word ^ at != other ^ next
+    })
+}
+
+/// Copies a page.
+pub fn copy(from: u64, to: u64) {
+    for at in (0..PAGE_SIZE).step_by(8) {
+        write(to + at, read(from + at));
+    }
+}
+
 /// Puts `bytes` at `page`, the rest of its page zero.
 pub fn put(page: u64, bytes: &[u8]) {
     clear(page);

@@ -79,6 +79,8 @@ pub const STATE: Refusal = E(Error::State);
 pub const BUSY: Refusal = E(Error::Busy);
 /// `AGAIN`.
 pub const AGAIN: Refusal = E(Error::Again);
+/// `INTEGRITY`.
+pub const INTEGRITY: Refusal = E(Error::Integrity);
 /// `NOMEM` without a number of pages: no slot.
 pub const NO_SLOT: Refusal = Refusal::Wanted(0);
 

@@ -8,7 +8,7 @@ use super::vgic::{GICC, GICV};
 use crate::guest::{FREE, IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
 use crate::harness::{Failure, Outcome};
 use crate::memory::{self, PATTERN, fill, first_change, peek, poke, read, take};
-use crate::smc::{DENIED, INVALID, STATE, until_done};
+use crate::smc::{DENIED, INTEGRITY, INVALID, STATE, until_done};
 use crate::{ensure, expect, gic, guest_program, test};
 
 fn populate_bad() -> Outcome {
@@ -63,20 +63,25 @@ fn populate_bad() -> Outcome {
 }
 test!(populate_bad, "T05 T11 T20");
 
-/// A page that was unmapped while the launch is open can't come back below the
-/// cursor, so what was measured is what runs, or is missing.
+/// A page that was taken back while the launch is open can't come back below the
+/// cursor but as what was sealed, so what was measured is what runs, or is missing.
 fn no_swap_behind_the_measurement() -> Outcome {
     let vm = Vm::new(1)?;
     vm.furnish(8)?;
     vm.vcpu(0)?;
     vm.call(Function::VcpuSetBoot, &[0, RAM, 0, 0, 0, 0])?;
     let page = vm.populate(RAM, nothing())?;
-    vm.call(Function::PageUnmap, &[RAM, 1])?;
-    ensure!(memory::is_zero(page), "the image page came back with its content");
+    let tag = vm.take_back(RAM)?;
+    ensure!(memory::is_sealed(page), "the image page came back with its content");
+    let sealed = take(1);
+    memory::copy(page, sealed);
     fill(page, 1);
     expect!(vm.call(Function::VmPopulate, &[RAM, page]), Err(INVALID));
+    expect!(vm.give(RAM, sealed, tag), Err(STATE));
     vm.call(Function::VmActivate, &[])?;
-    expect!(vm.call(Function::PageMap, &[RAM, page, 4096]), Err(DENIED));
+    vm.give(RAM, sealed, tag)?;
+    vm.take_back(RAM)?;
+    expect!(vm.give(RAM, page, tag), Err(INTEGRITY));
     expect!(first_change(page, 1), None);
     vm.destroy()
 }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Pages change hands.
 
-use havmsi_abi::{Function, MAX_PAGES_PER_CALL};
+use havmsi_abi::{ExitClass, Function, MAX_PAGES_PER_CALL};
 
 use crate::guest::{FREE, IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
 use crate::harness::Outcome;
 use crate::memory::{
-    self, PATTERN, RAM_BASE, clear, fill, first_change, is_zero, peek, poke, read, take,
+    self, PATTERN, RAM_BASE, clear, copy, fill, first_change, is_sealed, is_zero, peek, poke, read, take,
 };
 use crate::smc::{AGAIN, DENIED, INVALID, Refusal, STATE, host, until_done};
-use crate::{ensure, expect, gic, test};
+use crate::{ensure, expect, gic, guest_program, test};
 
 /// Addresses that no call may take for a page of the host's.
 fn not_the_hosts() -> [u64; 18] {
@@ -266,7 +266,7 @@ fn the_hosts_view() -> Outcome {
     });
     ensure!(f.is_some_and(|f| f.is_external_abort(page, true)), "dc zva: {f:x?}");
     vm.call(Function::PageUnmap, &[FREE, 1])?;
-    ensure!(is_zero(page), "not wiped");
+    ensure!(is_sealed(page), "not sealed");
     vm.destroy()
 }
 test!(the_hosts_view, "T01 T02");
@@ -296,46 +296,97 @@ fn unmap_bad() -> Outcome {
 }
 test!(unmap_bad, "T20 T26");
 
-/// Unmapped pages are the host's again, zeroed; holes are passed over.
+/// Pages that are taken back are the host's again, sealed; holes are passed over. They
+/// come back to their places and no others.
 fn unmap() -> Outcome {
     let (vm, _) = Vm::launch(nothing(), [0; 4])?;
     let before = host(Function::Stats, &[])?;
-    let mut pages = [0; 5];
-    for (i, page) in (0..).zip(&mut pages) {
+    let mut pages = [(0, [0; 2]); 5];
+    for (i, (page, _)) in (0..).zip(&mut pages) {
         *page = vm.map(FREE + i * 3 * 4096)?;
     }
     expect!(host(Function::Stats, &[])?[2], before[2] + 5);
-    expect!(vm.call(Function::PageUnmap, &[FREE, 32])?[0], 32);
+    // The first one that is there, and how far that was.
+    let mut at = FREE;
+    for (i, (_, tag)) in pages.iter_mut().enumerate() {
+        let [done, low, high, _] = vm.call(Function::PageUnmap, &[at, 32])?;
+        expect!(done, if i == 0 { 1 } else { 3 });
+        *tag = [low, high];
+        at += done * 4096;
+    }
     // The table that was needed stays.
     expect!(host(Function::Stats, &[])?[2], before[2]);
-    for page in pages {
-        ensure!(is_zero(page), "{page:#x} is not wiped");
-        fill(page, 1);
-        expect!(first_change(page, 1), None);
-    }
     // Nothing there: no error. RAM and no RAM.
-    expect!(vm.call(Function::PageUnmap, &[FREE, 32])?[0], 32);
+    expect!(vm.call(Function::PageUnmap, &[FREE, 32])?, [32, 0, 0, 0]);
     expect!(vm.call(Function::PageUnmap, &[0, 32])?[0], 32);
     expect!(vm.call(Function::PageUnmap, &[RAM + RAM_SIZE - 4096, 2])?[0], 2);
-    for (i, page) in (0..).zip(pages) {
-        // What was taken can't be replaced by zeros.
-        expect!(vm.call(Function::PageMap, &[FREE + i * 3 * 4096, page, 4096]), Err(DENIED));
-        expect!(memory::first_change(page, 1), None);
+    for (i, (page, tag)) in (0..).zip(pages) {
+        ensure!(is_sealed(page), "{page:#x} is not sealed");
+        // In another page of the host's, as after swapping.
+        let other = take(1);
+        copy(page, other);
+        fill(page, 1);
+        vm.give(FREE + i * 3 * 4096, other, tag)?;
+        expect!(peek(other)?, 0);
+        expect!(first_change(page, 1), None);
         vm.call(Function::PageMap, &[FREE + (i * 3 + 1) * 4096, page, 4096])?;
     }
-    // Until the next launch.
-    until_done(Function::VmReset, &[vm.handle], 100)?;
-    vm.boot(nothing(), [0; 4])?;
-    for (i, page) in (0..).zip(pages) {
-        vm.call(Function::PageMap, &[FREE + i * 3 * 4096, page, 4096])?;
-    }
     vm.destroy()?;
-    for page in pages {
+    for (page, _) in pages {
         ensure!(is_zero(page), "{page:#x} is not wiped");
     }
     Ok(())
 }
-test!(unmap, "T11 T24");
+test!(unmap, "T11 T12 T24");
+
+guest_program!(
+    counter,
+    // Counts in the page that x0 names, in its first and last word; tells both.
+    "mov x19, x0",
+    "movz x20, #0x0a00, lsl #16",
+    "1: ldr x1, [x19]",
+    "ldr x2, [x19, #0xff8]",
+    "str x1, [x20]",
+    "str x2, [x20, #8]",
+    "add x1, x1, #1",
+    "add x2, x2, #3",
+    "str x1, [x19]",
+    "str x2, [x19, #0xff8]",
+    "b 1b"
+);
+
+/// The guest finds in its page what it left there, wherever the host has had it.
+fn sealed_and_back() -> Outcome {
+    let (vm, mut vcpu) = Vm::launch(counter(), [FREE, 0, 0, 0])?;
+    let mut page = vm.map(FREE)?;
+    let mut seen = [(0, [0; 2]); 8];
+    for round in 0..8 {
+        expect!(vcpu.report(0)?, round);
+        expect!(vcpu.report(8)?, 3 * round);
+        // After its stores the guest comes to its next report.
+        vcpu.expect(ExitClass::MmioWrite)?;
+        let tag = vm.take_back(FREE)?;
+        ensure!(is_sealed(page), "round {round}: not sealed");
+        let other = take(1);
+        copy(page, other);
+        let kept = take(1);
+        copy(page, kept);
+        seen[usize::from(round.to_le_bytes()[0])] = (kept, tag);
+        clear(page);
+        page = other;
+        vcpu.complete(0);
+        let _ = (vcpu.run_once(), vm.give(FREE, page, tag)?);
+    }
+    // Never the same twice.
+    for (i, (a, tag)) in seen.iter().enumerate() {
+        for (b, other) in &seen[i + 1..] {
+            ensure!(tag != other, "a tag twice");
+            ensure!((0..4096).step_by(8).all(|w| read(a + w) != read(b + w)), "a word twice");
+        }
+    }
+    vm.destroy()
+}
+test!(sealed_and_back, "T12");
 
 /// Reset: all private pages come back wiped, the launch is open, the handle,
 /// vCPUs, RAM and pool stay. Twice is once.
@@ -350,7 +401,10 @@ fn reset() -> Outcome {
     // Half done: nothing else is possible.
     expect!(vm.call(Function::VcpuRun, &[vcpu.idx]), Err(STATE));
     expect!(vm.call(Function::PageMap, &[FREE, take(1), 4096]), Err(STATE));
-    expect!(vm.call(Function::PageUnmap, &[FREE, 1]), Err(STATE));
+    // But what the host can't do without.
+    vm.take_back(FREE + 69 * 4096)?;
+    ensure!(is_sealed(pages[69]), "not sealed");
+    clear(pages[69]);
     expect!(vm.call(Function::VmActivate, &[]), Err(STATE));
     expect!(vm.call(Function::VmPopulate, &[RAM, take(1)]), Err(STATE));
     expect!(vm.call(Function::VmAddRam, &[0, 4096]), Err(STATE));
@@ -389,7 +443,7 @@ fn destroy_in_steps() -> Outcome {
     expect!(vm.call(Function::VcpuRun, &[0]), Err(STATE));
     expect!(vm.call(Function::VmReset, &[]), Err(STATE));
     expect!(vm.call(Function::PageMap, &[FREE, take(1), 4096]), Err(STATE));
-    expect!(vm.call(Function::PageUnmap, &[FREE, 1]), Err(STATE));
+    vm.take_back(FREE + 69 * 4096)?;
     expect!(vm.call(Function::PoolDonate, &[take(1), 1]), Err(STATE));
     until_done(Function::VmDestroy, &[vm.handle], 100)?;
     expect!(host(Function::VmDestroy, &[vm.handle]), Err(INVALID));

@@ -92,7 +92,7 @@ fn taken_from_a_running_guest(vm: &Vm, page: u64, round: u64) -> Outcome {
     let end = cpu::now() + cpu::milliseconds(1 + round % 4);
     while cpu::now() < end {}
     vm.call(Function::PageUnmap, &[FREE, 1])?;
-    ensure!(memory::is_zero(page), "round {round}: written after it was taken");
+    ensure!(memory::is_sealed(page), "round {round}: written after it was taken");
     memory::fill(page, !round);
     for _ in 0..50 {
         let first = memory::first_change(page, !round);
