@@ -2,7 +2,8 @@
 //! The calling convention, and calls that only tell.
 
 use havmsi_abi::{
-    AUDIT_CALL, Error, FUNCTION_BASE, Function, MAX_IPA_BITS, UID, UID_CALL, VERSION,
+    AUDIT_CALL, Error, FEATURE_SEALING, FUNCTION_BASE, Function, MAX_IPA_BITS, UID, UID_CALL,
+    VERSION,
 };
 
 use crate::harness::Outcome;
@@ -12,7 +13,7 @@ use crate::{ensure, expect, test};
 fn version() -> Outcome {
     let [v, features, ..] = host(Function::Version, &[])?;
     expect!(v, VERSION);
-    expect!(features, 0);
+    expect!(features, FEATURE_SEALING);
     Ok(())
 }
 test!(version, "");

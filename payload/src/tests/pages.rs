@@ -4,11 +4,12 @@
 use havmsi_abi::{ExitClass, Function, MAX_PAGES_PER_CALL};
 
 use crate::guest::{FREE, IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
-use crate::harness::Outcome;
+use crate::harness::{Failure, Outcome};
 use crate::memory::{
-    self, PATTERN, RAM_BASE, clear, copy, fill, first_change, is_sealed, is_zero, peek, poke, read, take,
+    self, PATTERN, RAM_BASE, clear, copy, fill, first_change, is_sealed, is_zero, peek, poke, read,
+    take,
 };
-use crate::smc::{AGAIN, DENIED, INVALID, Refusal, STATE, host, until_done};
+use crate::smc::{AGAIN, DENIED, INTEGRITY, INVALID, Refusal, STATE, host, until_done};
 use crate::{ensure, expect, gic, guest_program, test};
 
 /// Addresses that no call may take for a page of the host's.
@@ -343,7 +344,7 @@ guest_program!(
     counter,
     // Counts in the page that x0 names, in its first and last word; tells both.
     "mov x19, x0",
-    "movz x20, #0x0a00, lsl #16",
+    "movz x20, #0x0900, lsl #16",
     "1: ldr x1, [x19]",
     "ldr x2, [x19, #0xff8]",
     "str x1, [x20]",
@@ -352,8 +353,85 @@ guest_program!(
     "add x2, x2, #3",
     "str x1, [x19]",
     "str x2, [x19, #0xff8]",
+    "str x2, [x20, #16]",
     "b 1b"
 );
+
+/// What the host has of a guest's page, and would like to give it instead.
+type Forge = fn(&Vm, u64, [u64; 2]) -> Result<(u64, u64, [u64; 2]), Failure>;
+
+/// What the host may try, each with a guest of its own: the VM stops, and only it.
+fn forged() -> Outcome {
+    let (other, mut neighbour) = Vm::launch(counter(), [FREE, 0, 0, 0])?;
+    other.map(FREE)?;
+    let forgeries: [(&str, Forge); 7] = [
+        ("a bit of it", |_, page, tag| {
+            poke(page + 0x800, read(page + 0x800) ^ 1)?;
+            Ok((FREE, page, tag))
+        }),
+        ("a bit of the tag", |_, page, [low, high]| Ok((FREE, page, [low, high ^ 1 << 63]))),
+        ("half of it", |_, page, tag| {
+            (0x800..0x1000).step_by(8).for_each(|at| memory::write(page + at, 0));
+            Ok((FREE, page, tag))
+        }),
+        ("zeros", |_, page, _| {
+            clear(page);
+            Ok((FREE, page, [0; 2]))
+        }),
+        ("what was there before", |vm, page, tag| {
+            let old = take(1);
+            copy(page, old);
+            vm.give(FREE, page, tag)?;
+            vm.take_back(FREE)?;
+            Ok((FREE, old, tag))
+        }),
+        ("what was at another address", |vm, page, tag| {
+            vm.map(FREE + 0x1000)?;
+            vm.take_back(FREE + 0x1000)?;
+            Ok((FREE + 0x1000, page, tag))
+        }),
+        ("what another VM had there", |_, _, _| {
+            let (second, _) = Vm::launch(nothing(), [0; 4])?;
+            let theirs = second.map(FREE)?;
+            let tag = second.take_back(FREE)?;
+            Ok((FREE, theirs, tag))
+        }),
+    ];
+    for (round, (what, forge)) in (0..).zip(forgeries) {
+        let (vm, mut vcpu) = Vm::launch(counter(), [FREE, 0, 0, 0])?;
+        let page = vm.map(FREE)?;
+        vcpu.report(0)?;
+        vcpu.report(8)?;
+        vcpu.report(16)?;
+        let tag = vm.take_back(FREE)?;
+        let (ipa, page, tag) = forge(&vm, page, tag)?;
+        let before = read(page);
+        let result = vm.give(ipa, page, tag);
+        ensure!(result == Err(INTEGRITY), "{what}: {result:x?}");
+        ensure!(read(page) == before, "{what}: the page was changed");
+        poke(page, 1)?;
+        for call in [
+            vcpu.run_once().map(|_| ()),
+            vm.give(FREE, page, tag),
+            vm.call(Function::VmActivate, &[]).map(|_| ()),
+        ] {
+            ensure!(call == Err(INTEGRITY), "{what}, then: {call:x?}");
+        }
+        // Its host can have its pages back, and the others run.
+        expect!(neighbour.report(0)?, round);
+        neighbour.report(8)?;
+        neighbour.report(16)?;
+        until_done(Function::VmReset, &[vm.handle], 100)?;
+        vm.boot(counter(), [FREE, 0, 0, 0])?;
+        vcpu.entry.flags.0 = 0;
+        vm.map(FREE)?;
+        expect!(vcpu.report(0)?, 0);
+        vm.destroy()?;
+    }
+    until_done(Function::HostReset, &[], 1000)?;
+    Ok(())
+}
+test!(forged, "T12");
 
 /// The guest finds in its page what it left there, wherever the host has had it.
 fn sealed_and_back() -> Outcome {
@@ -363,8 +441,7 @@ fn sealed_and_back() -> Outcome {
     for round in 0..8 {
         expect!(vcpu.report(0)?, round);
         expect!(vcpu.report(8)?, 3 * round);
-        // After its stores the guest comes to its next report.
-        vcpu.expect(ExitClass::MmioWrite)?;
+        vcpu.report(16)?;
         let tag = vm.take_back(FREE)?;
         ensure!(is_sealed(page), "round {round}: not sealed");
         let other = take(1);
@@ -374,8 +451,8 @@ fn sealed_and_back() -> Outcome {
         seen[usize::from(round.to_le_bytes()[0])] = (kept, tag);
         clear(page);
         page = other;
-        vcpu.complete(0);
-        let _ = (vcpu.run_once(), vm.give(FREE, page, tag)?);
+        expect!(vcpu.expect(ExitClass::Fault)?.ipa, FREE);
+        vm.give(FREE, page, tag)?;
     }
     // Never the same twice.
     for (i, (a, tag)) in seen.iter().enumerate() {
