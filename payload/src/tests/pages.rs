@@ -3,7 +3,7 @@
 
 use havmsi_abi::{ExitClass, Function, MAX_PAGES_PER_CALL};
 
-use crate::guest::{FREE, IPA_BITS, RAM, RAM_SIZE, Vm, nothing};
+use crate::guest::{FREE, IPA_BITS, RAM, RAM_SIZE, Vcpu, Vm, nothing};
 use crate::harness::{Failure, Outcome};
 use crate::memory::{
     self, PATTERN, RAM_BASE, clear, copy, fill, first_change, is_sealed, is_zero, peek, poke, read,
@@ -423,7 +423,7 @@ fn forged() -> Outcome {
         neighbour.report(16)?;
         until_done(Function::VmReset, &[vm.handle], 100)?;
         vm.boot(counter(), [FREE, 0, 0, 0])?;
-        vcpu.entry.flags.0 = 0;
+        let mut vcpu = Vcpu::new(vm.handle, 0, vcpu.page);
         vm.map(FREE)?;
         expect!(vcpu.report(0)?, 0);
         vm.destroy()?;
