@@ -41,7 +41,7 @@ pub const EDU: &str = "edu,dma_mask=0xffffffffff";
 /// Virtio 1 only, with addresses as any other device has them.
 const VIRTIO: &str = "iommu_platform=on,disable-legacy=on";
 /// Bytes of the disk that the host writes to.
-const SCRATCH: u64 = 64 << 20;
+const SCRATCH: u64 = 4 << 30;
 
 /// What machine to start.
 #[derive(Debug, Clone)]

@@ -72,6 +72,9 @@ pub struct Args {
     /// Another job for the host's agent (userland/README.md lists them)
     #[arg(long, default_value = "run")]
     pub job: String,
+    /// What the job is about in full: machine, guests and job are the scenario's
+    #[arg(long, value_enum, conflicts_with_all = ["job", "control", "shell"])]
+    pub scenario: Option<Scenario>,
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -93,8 +96,39 @@ impl Default for Args {
             control: false,
             shell: false,
             job: "run".to_owned(),
+            scenario: None,
             json: None,
             append: String::new(),
+        }
+    }
+}
+
+/// A job with a machine of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Scenario {
+    /// 3 guests of 1 GiB on a host of 2 GiB that swaps, compacts and scans with KSM
+    Overcommit,
+}
+
+impl Scenario {
+    /// The options that it stands for, and how long it may take.
+    fn args(self, args: &Args) -> (Args, Duration) {
+        match self {
+            Self::Overcommit => {
+                let words = format!(
+                    "havmsi.gmem=1024 havmsi.mib=900 havmsi.seconds=1500 havmsi.timeout=3000 {}",
+                    args.append
+                );
+                let args = Args {
+                    guests: 3,
+                    mem: 2048,
+                    job: "overcommit".to_owned(),
+                    no_control: true,
+                    append: words,
+                    ..args.clone()
+                };
+                (args, Duration::from_secs(3600))
+            }
         }
     }
 }
@@ -154,7 +188,7 @@ pub fn one(ctx: &Ctx, config: &Config, total: Duration) -> Result<Outcome> {
         Kind::Bare => "no hypervisor",
     };
     let step = Step::new(title, None);
-    let limits = Limits { total, silence: SILENCE.min(total) };
+    let limits = Limits { total, silence: SILENCE.max(total / 6) };
     let outcome = job::run(config, &ctx.log_dir.join(config.kind.name()), limits, |event| {
         step.note(&describe(event))
     })
@@ -208,6 +242,10 @@ fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) ->
 /// Runs both machines and judges what came of it.
 pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
     let start = Instant::now();
+    let (args, limit) = match args.scenario {
+        Some(scenario) => &scenario.args(args),
+        None => &(args.clone(), LIMIT),
+    };
     setup::ensure(ctx, setup::ALL)?;
     let images = image::all(ctx)?;
     let monitor = if args.control { None } else { Some(build::monitor(ctx)?) };
@@ -220,8 +258,8 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
     };
     let mut seconds = Seconds { build: start.elapsed().as_secs_f64(), ..Seconds::default() };
     let control =
-        if args.no_control { None } else { Some(one(ctx, &config(Kind::Control), LIMIT)?) };
-    let havmsi = if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi), LIMIT)?) };
+        if args.no_control { None } else { Some(one(ctx, &config(Kind::Control), *limit)?) };
+    let havmsi = if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi), *limit)?) };
     seconds.control = control.as_ref().map_or(0.0, |o| o.seconds);
     seconds.havmsi = havmsi.as_ref().map_or(0.0, |o| o.seconds);
 
@@ -262,8 +300,14 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
             "kernel": havmsi.as_ref().or(control.as_ref()).and_then(|o| o.start("kernel")).cloned(),
             "logs": ctx.log_dir,
         }),
+        scenario: havmsi.as_ref().and_then(|o| last(o, "overcommit")),
         seconds,
     })
+}
+
+/// The last event of this name.
+fn last(outcome: &Outcome, name: &str) -> Option<Value> {
+    outcome.events.iter().rfind(|e| e["event"] == name).cloned()
 }
 
 /// The `run` verb.

@@ -4,7 +4,7 @@
 use crate::attacker::{Attacker, Via};
 use crate::guest::{self, Guest};
 use crate::params::Params;
-use crate::{checks, io, out, sys};
+use crate::{checks, io, out, overcommit, sys};
 use havmsi_abi::Function;
 use havmsi_operations::mark;
 use havmsi_proto::Seed;
@@ -38,6 +38,7 @@ impl Job<'_> {
             "rounds" => self.rounds(),
             "hotplug" => self.hotplug(),
             "memlock" => self.memlock(),
+            "overcommit" => self.overcommit(),
             "io" => self.io(),
             "devices" => self.devices(),
             "bench" => self.bench(),
@@ -58,7 +59,7 @@ impl Job<'_> {
             (0..count).map(|i| Guest::start(i, self.params, mode)).collect::<Result<_, _>>()?;
         for (done, guest) in guests.iter().enumerate() {
             out::progress("seeds", done, count, "waiting for the guests' seeds");
-            if !guest.wait(BOOT, |s| s.seed.is_some()) {
+            if !guest.wait(self.patience(BOOT), |s| s.seed.is_some()) {
                 return Err(self.no_seed(guest));
             }
         }
@@ -67,6 +68,11 @@ impl Job<'_> {
             guests.iter().for_each(|guest| guest.identify(attacker));
         }
         Ok(guests)
+    }
+
+    /// Guests that are swapped take their time.
+    fn patience(&self, limit: Duration) -> Duration {
+        if self.params.job == "overcommit" { 10 * limit } else { limit }
     }
 
     fn no_seed(&self, guest: &Guest) -> String {
@@ -85,7 +91,7 @@ impl Job<'_> {
         for (done, guest) in guests.iter_mut().enumerate() {
             out::progress("finish", done, count, "waiting for the guests' verdicts");
             // Without the monitor the attacks may have killed it.
-            let limit = if self.monitor { END } else { END / 4 };
+            let limit = self.patience(if self.monitor { END } else { END / 4 });
             let spoke = guest.wait(limit, |s| s.verdict.is_some());
             let ended = guest.finish(limit);
             let (verdict, boots, seed) = guest.with(|s| (s.verdict.clone(), s.boots, s.seed));
@@ -409,6 +415,57 @@ impl Job<'_> {
             Some(v) => Err(format!("the guest: {} (QEMU ended: {ended})", v.text)),
             None => Err(format!("the guest gave no verdict; last line: {last}")),
         }
+    }
+
+    /// Guests have more memory than the host, which swaps, compacts and merges it meanwhile:
+    /// each finds all of its own again, and the host sees none.
+    fn overcommit(&self) -> End {
+        let attacker = self.attacker.ok_or("the attacker module is not there")?;
+        overcommit::prepare()?;
+        let before = self.stats("before");
+        let stop = AtomicBool::new(false);
+        let (result, compacted) = std::thread::scope(|scope| {
+            let churn = scope.spawn(|| overcommit::churn(&stop));
+            let result = self.crowd(attacker);
+            stop.store(true, Ordering::Relaxed);
+            (result, churn.join())
+        });
+        let compacted = compacted.map_err(|_| "the thread that compacts died")?;
+        let (clean, verdicts) = result?;
+        let after = self.until(before);
+        let counts = overcommit::Counts::read()?;
+        out::event(counts.event().value("compacted", compacted).value("scan_clean", clean));
+        verdicts?;
+        if !clean || counts.refused != 0 || counts.unsealed < overcommit::ENOUGH {
+            return Err(format!("scan clean: {clean}, {counts:?}"));
+        }
+        if before != after {
+            return Err(format!("STATS {before:?} before and {after:?} after"));
+        }
+        Ok(format!("{counts:?}"))
+    }
+
+    /// The guests of [`Self::overcommit`]: whether the scan was clean, and their verdicts.
+    fn crowd(&self, attacker: &Attacker) -> Result<(bool, End), String> {
+        let mut guests = self.start("work")?;
+        let end = Instant::now() + Duration::from_secs(self.params.seconds);
+        while Instant::now() < end {
+            std::thread::sleep(Duration::from_secs(5));
+            let counts = overcommit::Counts::read()?;
+            out::event(counts.event());
+            if counts.unsealed >= overcommit::ENOUGH && counts.all_kinds() {
+                break;
+            }
+            if guests.iter().any(|guest| guest.with(|s| s.ended)) {
+                break;
+            }
+        }
+        let seeds: Vec<Seed> = guests.iter().filter_map(|g| g.with(|s| s.seed)).collect();
+        let scan = attacker.scan(&seeds, Via::Linear).map_err(|e| format!("scan: {e}"))?;
+        let clean = scan.hits.iter().all(|hit| hit.whole + hit.partial == 0);
+        let verdicts = self.finish(&mut guests);
+        drop(guests);
+        Ok((clean, verdicts.map(|()| String::new())))
     }
 
     /// A user's VMM must be allowed to lock all of its guest's memory.

@@ -8,6 +8,7 @@ mod guest;
 mod io;
 mod jobs;
 mod out;
+mod overcommit;
 mod params;
 mod sys;
 

@@ -36,6 +36,12 @@ pub fn kernel_log() -> String {
     String::from_utf8_lossy(&buffer).into_owned()
 }
 
+/// Swaps to a device.
+pub fn swap_on(path: &CStr) -> Result<()> {
+    // SAFETY: a valid C string, no flags.
+    done(unsafe { libc::swapon(path.as_ptr(), 0) }.into()).map(drop)
+}
+
 /// How much memory this process and those that it starts may lock, if they are not root's.
 pub fn limit_locked_memory(bytes: u64) -> Result<()> {
     let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
