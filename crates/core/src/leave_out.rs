@@ -56,6 +56,12 @@ checks! {
     GuestTlb,
     /// a page can come where one was taken away
     Lost,
+    /// a page that is taken back is not encrypted
+    Seal,
+    /// what comes back for a sealed page is decrypted, whatever it is
+    Tag,
+    /// all that is sealed has the same version
+    Version,
     /// a page can come where one is
     Occupied,
     /// pages can be mapped outside declared RAM

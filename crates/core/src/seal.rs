@@ -27,6 +27,11 @@ fn bytes<const N: usize, const B: usize>(words: [u64; N]) -> [u8; B] {
     bytes
 }
 
+fn nonce(version: u64) -> [u8; 12] {
+    left_out!(Version => return [0; 12]);
+    bytes([version, 0])
+}
+
 impl Seal {
     /// No key yet.
     pub(crate) const NEW: Self = Self { key: [0; 4], version: 0 };
@@ -59,9 +64,10 @@ impl Seal {
     /// same under one key.
     pub(crate) fn seal(&mut self, place: [u64; 2], content: &mut [u8; 4096]) -> Tag {
         self.version += 1;
-        let (nonce, place): ([u8; 12], [u8; 16]) = (bytes([self.version, 0]), bytes(place));
+        left_out!(Seal => return [1; 2]);
+        let (nonce, place) = (nonce(self.version).into(), bytes::<2, 16>(place));
         let content = content.as_mut_slice().into();
-        let tag = self.cipher().encrypt_inout_detached(&nonce.into(), &place, content);
+        let tag = self.cipher().encrypt_inout_detached(&nonce, &place, content);
         let Ok(tag) = tag else { panic!("a page is too long for GCM") };
         words(&tag)
     }
@@ -74,8 +80,9 @@ impl Seal {
         content: &mut [u8; 4096],
         tag: Tag,
     ) -> bool {
-        let (nonce, place): ([u8; 12], [u8; 16]) = (bytes([version, 0]), bytes(place));
+        let (nonce, place) = (nonce(version).into(), bytes::<2, 16>(place));
+        left_out!(Tag => return self.cipher().encrypt_inout_detached(&nonce, &place, content.as_mut_slice().into()).is_ok());
         let (content, tag) = (content.as_mut_slice().into(), bytes::<2, 16>(tag).into());
-        self.cipher().decrypt_inout_detached(&nonce.into(), &place, content, &tag).is_ok()
+        self.cipher().decrypt_inout_detached(&nonce, &place, content, &tag).is_ok()
     }
 }

@@ -7,7 +7,7 @@ use havmsi_abi::{ExitClass, Function};
 use super::{Outcome, Victim, launch_with_page, verdict, word_at_free};
 use crate::cpu;
 use crate::guest::{FREE, PORT, RAM, RAM_SIZE, Vcpu, Vm, nothing, vectors};
-use crate::memory::{RAM_BASE, clear, fill, peek, poke, read, take, write};
+use crate::memory::{RAM_BASE, clear, copy, fill, peek, poke, read, take, write};
 use crate::smc::host;
 use crate::{attack, guest_program};
 
@@ -267,6 +267,65 @@ fn replaced(victim: &mut Victim) -> Outcome {
     victim.harmed(2, format_args!("PAGE_MAP: {result:?}"))
 }
 attack!(replaced, "t12::replaced");
+
+/// A bit of a sealed page is changed.
+fn tampered(victim: &mut Victim) -> Outcome {
+    let page = victim.pages[1];
+    let tag = victim.vm.take_back(FREE + 0x1000)?;
+    write(page + 0x800, read(page + 0x800) ^ 1);
+    let result = victim.vm.give(FREE + 0x1000, page, tag);
+    if result.is_err() {
+        return verdict(false, format_args!("PAGE_MAP: {result:?}"));
+    }
+    victim.harmed(2, format_args!("PAGE_MAP: {result:?}"))
+}
+attack!(tampered, "t12::tampered");
+
+/// Two sealed pages change places.
+fn moved(victim: &mut Victim) -> Outcome {
+    let [first, second] = victim.pages;
+    let tags = (victim.vm.take_back(FREE)?, victim.vm.take_back(FREE + 0x1000)?);
+    let result = victim.vm.give(FREE, second, tags.1);
+    if result.is_err() {
+        return verdict(false, format_args!("PAGE_MAP: {result:?}"));
+    }
+    victim.vm.give(FREE + 0x1000, first, tags.0)?;
+    victim.harmed(2, format_args!("PAGE_MAP: {result:?}"))
+}
+attack!(moved, "t12::moved");
+
+guest_program!(
+    tally,
+    // Counts in the page that x0 names.
+    "mov x4, x0",
+    "movz x20, #0x0900, lsl #16",
+    "1: ldr x1, [x4]",
+    "add x1, x1, #1",
+    "str x1, [x4]",
+    "str x1, [x20]",
+    "b 1b"
+);
+
+/// What a page was when it was taken the first time.
+fn replayed(_: &mut Victim) -> Outcome {
+    let (vm, mut vcpu) = Vm::launch(tally(), [FREE, 0, 0, 0])?;
+    let page = vm.map(FREE)?;
+    let first = vcpu.report(0)?;
+    let tag = vm.take_back(FREE)?;
+    let old = take(1);
+    copy(page, old);
+    vm.give(FREE, page, tag)?;
+    vcpu.report(0)?;
+    vm.take_back(FREE)?;
+    let result = vm.give(FREE, old, tag);
+    if result.is_err() {
+        return verdict(false, format_args!("PAGE_MAP: {result:?}"));
+    }
+    let seen = vcpu.report(0)?;
+    let text = format_args!("PAGE_MAP: {result:?}; after {first} and more the guest counts {seen}");
+    verdict(seen == first + 1, text)
+}
+attack!(replayed, "t12::replayed");
 
 /// The pages of a VM that was destroyed.
 fn destroyed(_: &mut Victim) -> Outcome {
