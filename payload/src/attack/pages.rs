@@ -257,8 +257,11 @@ fn taken_back(victim: &mut Victim) -> Outcome {
 }
 attack!(taken_back, "t12::taken_back");
 
-/// A page taken back, and another one given in its place: zeros again.
-fn replaced(victim: &mut Victim) -> Outcome {
+/// A page taken back, and another one given in its place: zeros again. The VM may stop:
+/// it is another one than the victim that must go on.
+fn replaced(_: &mut Victim) -> Outcome {
+    let mut victim = Victim::new()?;
+    victim.wrong(2)?;
     victim.vm.call(Function::PageUnmap, &[FREE + 0x1000, 1])?;
     let result = victim.vm.call(Function::PageMap, &[FREE + 0x1000, take(1), 4096]);
     if result.is_err() {
@@ -269,7 +272,9 @@ fn replaced(victim: &mut Victim) -> Outcome {
 attack!(replaced, "t12::replaced");
 
 /// A bit of a sealed page is changed.
-fn tampered(victim: &mut Victim) -> Outcome {
+fn tampered(_: &mut Victim) -> Outcome {
+    let mut victim = Victim::new()?;
+    victim.wrong(2)?;
     let page = victim.pages[1];
     let tag = victim.vm.take_back(FREE + 0x1000)?;
     write(page + 0x800, read(page + 0x800) ^ 1);
@@ -282,7 +287,9 @@ fn tampered(victim: &mut Victim) -> Outcome {
 attack!(tampered, "t12::tampered");
 
 /// Two sealed pages change places.
-fn moved(victim: &mut Victim) -> Outcome {
+fn moved(_: &mut Victim) -> Outcome {
+    let mut victim = Victim::new()?;
+    victim.wrong(2)?;
     let [first, second] = victim.pages;
     let tags = (victim.vm.take_back(FREE)?, victim.vm.take_back(FREE + 0x1000)?);
     let result = victim.vm.give(FREE, second, tags.1);

@@ -452,7 +452,6 @@ impl Job<'_> {
         while Instant::now() < end {
             std::thread::sleep(Duration::from_secs(5));
             let counts = overcommit::Counts::read()?;
-            out::event(counts.event());
             if counts.unsealed >= overcommit::ENOUGH && counts.all_kinds() {
                 break;
             }

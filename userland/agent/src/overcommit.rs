@@ -41,16 +41,25 @@ pub fn prepare() -> Result<(), String> {
     set(&format!("{KSM}/run"), "1")
 }
 
-/// Compacts all memory, again and again; how often.
+/// Compacts all memory, again and again, and tells what was done so far; how often.
 pub fn churn(stop: &AtomicBool) -> u64 {
     let mut rounds = 0;
+    let mut seconds = 0;
     while !stop.load(Ordering::Relaxed) {
-        if let Err(e) = set("/proc/sys/vm/compact_memory", "1") {
-            out::line(&e);
-            break;
+        std::thread::sleep(Duration::from_secs(1));
+        seconds += 1;
+        if seconds % 5 == 0
+            && let Ok(counts) = Counts::read()
+        {
+            out::event(counts.event());
         }
-        rounds += 1;
-        std::thread::sleep(Duration::from_secs(2));
+        if seconds % 30 == 0 {
+            if let Err(e) = set("/proc/sys/vm/compact_memory", "1") {
+                out::line(&e);
+                break;
+            }
+            rounds += 1;
+        }
     }
     rounds
 }
