@@ -467,30 +467,12 @@ impl Job<'_> {
         Ok((clean, verdicts.map(|()| String::new())))
     }
 
-    /// A user's VMM must be allowed to lock all of its guest's memory.
+    /// A user's VMM need not be allowed to lock any of its guest's memory: none is pinned.
     fn memlock(&self) -> End {
-        let limit = |mib: u64| {
-            sys::limit_locked_memory(mib << 20).map_err(|e| format!("RLIMIT_MEMLOCK: {e}"))
-        };
-        limit(self.params.gmem / 2)?;
-        let refused = Guest::start(0, self.params, "work")?;
-        let said = || {
-            let log = sys::kernel_log();
-            let line = log.lines().find(|line| line.contains("RLIMIT_MEMLOCK"))?;
-            line.split_once("] ").map(|(_, text)| text.to_owned())
-        };
-        let end = Instant::now() + BOOT;
-        while said().is_none() && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        let line = said().ok_or("no line in the kernel's log names the limit")?;
-        if refused.with(|s| s.boots) > 0 {
-            return Err("a guest ran whose memory may not be locked".to_owned());
-        }
-        drop(refused);
-        limit(self.params.gmem + 64)?;
+        const LIMIT: u64 = 64 << 10;
+        sys::limit_locked_memory(LIMIT).map_err(|e| format!("RLIMIT_MEMLOCK: {e}"))?;
         self.work()?;
-        Ok(line)
+        Ok(format!("with RLIMIT_MEMLOCK at {} KiB the guest verified its memory", LIMIT >> 10))
     }
 }
 
