@@ -466,28 +466,31 @@ static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
 {
 	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
 	struct havmsi_vm *hv = vcpu->kvm->arch.havmsi;
-	gfn_t gfn = ipa >> PAGE_SHIFT;
+	XA_STATE(xas, &hv->pages, ipa >> PAGE_SHIFT);
+	void *state = NULL;
 	struct page *page;
-	void *state;
 	int ret = 1;
 
 	down_read(&hv->lock);
-	page = xa_load(&hv->pages, gfn);
-	if (!page)
-		goto answer;	/* Not the VM's: the monitor says so. */
-	state = start_moving(page);
-	if (!state || pinned_by_others(hvcpu, hv, gfn, page, false)) {
+	/* Not xa_load(): a place that is taken is to be told from none. */
+	xa_lock(&hv->pages);
+	page = xas_load(&xas);
+	xa_unlock(&hv->pages);
+	if (page && !xa_is_zero(page))
+		state = start_moving(page);
+	if (!page) {
+		/* Not 0: there may be one, shared and pinned, when that arrives. */
+		vcpu_set_reg(vcpu, 0, SMCCC_RET_INVALID_PARAMETER);
+	} else if (!state || pinned_by_others(hvcpu, hv, xas.xa_index, page, false)) {
 		if (state)
 			hold(page, state);
 		/* No answer. */
 		hvcpu->exit_class = HAVMSI_EXIT_IRQ;
 		ret = not_yet();
-		goto out;
+	} else {
+		hvcpu->moving = page;
+		vcpu_set_reg(vcpu, 0, 0);
 	}
-	hvcpu->moving = page;
-answer:
-	vcpu_set_reg(vcpu, 0, 0);
-out:
 	up_read(&hv->lock);
 	return ret;
 }
