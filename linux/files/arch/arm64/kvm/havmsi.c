@@ -502,6 +502,10 @@ static int reset(struct havmsi_vm *hv, u64 fn)
 	/* Device pages were unmapped along with the rest. */
 	for (i = 0; i < hv->nr_dev; i++)
 		hv->dev[i].mapped = false;
+	kvm_for_each_vcpu(i, vcpu, hv->kvm) {
+		if (vcpu->arch.havmsi)
+			vcpu->arch.havmsi->moving = NULL;
+	}
 	havmsi_unpin_all(hv);
 	return 0;
 }
