@@ -176,7 +176,7 @@ static int havmsi_stats_show(struct seq_file *m, void *unused)
 	if (status)
 		return havmsi_errno(status);
 	seq_printf(m, "vms %lu\nvcpus %lu\nprivate_pages %lu\npool_pages %lu\nshared_pages %lu\nhost_pages %lu\n",
-		   res.a1, res.a2, res.a3, res.a4, res.a5, res.a6);
+		   res.a1, res.a2, res.a3, res.a4, res.a6, res.a5);
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(havmsi_stats);
