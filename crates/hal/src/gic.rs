@@ -37,18 +37,8 @@ const SGI_BASE: usize = 0x1_0000;
 /// Bytes of one redistributor's two frames.
 pub const REDISTRIBUTOR_SIZE: usize = 0x2_0000;
 /// Redistributor registers (IHI 0069H 12.10).
-pub mod gicr {
-    /// Control.
-    pub const CTLR: usize = 0;
-    /// Implementer.
-    pub const IIDR: usize = 4;
-    /// Type; 64 bits.
-    pub const TYPER: usize = 8;
-    /// Error status.
-    pub const STATUSR: usize = 0x10;
-    /// Power.
-    pub const WAKER: usize = 0x14;
-}
+const GICR_AFFINITY: usize = 0xc;
+const GICR_WAKER: usize = 0x14;
 const WAKER_PROCESSOR_SLEEP: u32 = 1 << 1;
 const WAKER_CHILDREN_ASLEEP: u32 = 1 << 2;
 
@@ -176,9 +166,9 @@ impl Gic {
                 let Some(frame) = self.own_redistributor() else {
                     panic!("no redistributor for this CPU")
                 };
-                let waker = redistributors.read32(frame + gicr::WAKER);
-                redistributors.write32(frame + gicr::WAKER, waker & !WAKER_PROCESSOR_SLEEP);
-                while redistributors.read32(frame + gicr::WAKER) & WAKER_CHILDREN_ASLEEP != 0 {}
+                let waker = redistributors.read32(frame + GICR_WAKER);
+                redistributors.write32(frame + GICR_WAKER, waker & !WAKER_PROCESSOR_SLEEP);
+                while redistributors.read32(frame + GICR_WAKER) & WAKER_CHILDREN_ASLEEP != 0 {}
                 init_private(redistributors, frame + SGI_BASE);
                 redistributors.write32(frame + SGI_BASE + GICD_IGRPMODR, 0);
                 // The registers of the lower levels exist once those of the higher do.
@@ -257,35 +247,13 @@ impl Gic {
         }
     }
 
-    /// What a register of a redistributor's first page tells the host: LPIs
-    /// are absent, power is the monitor's, the rest is as it is. `offset` in
-    /// bytes from the first redistributor, 32-bit registers.
-    pub fn redistributor_view(&self, offset: usize) -> u32 {
-        let Kind::V3 { redistributors, count } = self.kind else { return 0 };
-        if offset >= count * REDISTRIBUTOR_SIZE || !offset.is_multiple_of(4) {
-            return 0;
-        }
-        const TYPER_HIGH: usize = gicr::TYPER + 4;
-        /// PLPIS, VLPIS, Dirty, DirectLPI, DPGS, MPAM, RVPEID (12.11.35).
-        const TYPER_LPI: u32 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7;
-        /// RWP and UWP: writes under way.
-        const CTLR_BUSY: u32 = 1 << 3 | 1 << 31;
-        let value = || redistributors.read32(offset);
-        match offset % REDISTRIBUTOR_SIZE {
-            gicr::CTLR => value() & CTLR_BUSY,
-            gicr::TYPER => value() & !TYPER_LPI,
-            gicr::IIDR | TYPER_HIGH => value(),
-            _ => 0,
-        }
-    }
-
     fn own_redistributor(&self) -> Option<usize> {
         let Kind::V3 { redistributors, count } = self.kind else { return None };
         let mpidr = mpidr_el1::read();
         let affinity = (mpidr >> 32 & 0xff) << 24 | mpidr & 0xff_ffff;
         (0..count)
             .map(|i| i * REDISTRIBUTOR_SIZE)
-            .find(|at| u64::from(redistributors.read32(at + gicr::TYPER + 4)) == affinity)
+            .find(|at| u64::from(redistributors.read32(at + GICR_AFFINITY)) == affinity)
     }
 }
 

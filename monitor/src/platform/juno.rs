@@ -7,6 +7,7 @@
 //! `plat/arm/board/juno`, whose BL1 and BL2 come first: docs/porting.md.
 
 use havmsi_core::ram::{Ram, Range};
+use havmsi_core::stage2::Attributes;
 use havmsi_hal::barrier;
 use havmsi_hal::css::{Cci, Counter, Scp, System, Trng};
 use havmsi_hal::gic::Gic;
@@ -138,14 +139,9 @@ fn system(state: System) {
     }
 }
 
-/// There are no redistributors.
-pub const fn emulated_redistributor(_ipa: u64, _cpus: usize) -> Option<usize> {
-    None
-}
-
 /// The devices that the host may use. None of them masters a bus: Ethernet and
 /// the card reader are driven by their registers.
-pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = Range> {
+pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = (Range, Attributes)> {
     [
         Range { base: 0x1800_0000, size: 0x1_0000 }, // Ethernet
         Range { base: 0x1c05_0000, size: 0x1000 },   // SD card
@@ -155,4 +151,5 @@ pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = Ran
         Range { base: 0x7ff8_0000, size: 0x1000 },   // UART0
     ]
     .into_iter()
+    .map(|window| (window, Attributes::Device))
 }
