@@ -9,6 +9,7 @@ mod cache;
 mod cli_rows;
 mod cpio;
 mod debs;
+mod deny;
 mod digest;
 mod dtb;
 mod failure;
@@ -28,6 +29,7 @@ mod setup;
 mod sh;
 mod tcb;
 mod test;
+mod tool;
 mod ui;
 
 use std::fs;
@@ -94,6 +96,8 @@ enum Verb {
     Mutants(mutants::Args),
     /// Explore every interleaving of the pure crate's transitions in small worlds
     Model(model::Args),
+    /// Check the licences and origins of all that is built with
+    Deny(deny::Args),
     /// Compute the launch digest of a guest from its files and configuration
     Digest(digest::Args),
     /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
@@ -129,6 +133,7 @@ impl Verb {
             Self::Fuzz(_) => "fuzz",
             Self::Mutants(_) => "mutants",
             Self::Model(_) => "model",
+            Self::Deny(_) => "deny",
             Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
             Self::Clean { .. } => "clean",
@@ -252,6 +257,7 @@ fn real_main() -> Result<()> {
         Verb::Fuzz(args) => fuzz::main(&ctx, &args),
         Verb::Mutants(args) => mutants::main(&ctx, &args),
         Verb::Model(args) => model::main(&ctx, &args),
+        Verb::Deny(args) => deny::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json, files } => tcb::main(&ctx, json, files),
         Verb::Clean { cache } => clean(&ctx, cache),

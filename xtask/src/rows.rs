@@ -15,8 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, attack, bench, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, model,
-    sh, tcb,
+    Ctx, attack, bench, build, deny, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel,
+    model, sh, tcb,
 };
 
 /// One row.
@@ -67,6 +67,8 @@ pub enum Work {
     Reset,
     /// The monitor's panic stops all CPUs.
     Panic,
+    /// Licences and origins of all packages.
+    Deny,
     /// Size of the TCB.
     Tcb,
     /// Size of the kernel series.
@@ -106,6 +108,7 @@ pub fn table() -> Vec<Row> {
             Work::Model => "cargo xtask model".to_owned(),
             Work::Attack => "cargo xtask attack".to_owned(),
             Work::Bench => "cargo xtask bench --quick".to_owned(),
+            Work::Deny => "cargo xtask deny".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -138,6 +141,7 @@ pub fn table() -> Vec<Row> {
         packages.iter().for_each(|p| words.extend(["-p", p]));
         add(name.into(), 300, Work::Cargo(words));
     }
+    add("style/deny".into(), 60, Work::Deny);
     // Juno's board: nobody has one here, so all that can be said is that it builds.
     let mut juno = vec!["build", "--release", "-p", "havmsi-monitor", "--target", TARGETS[0]];
     juno.extend([
@@ -266,6 +270,9 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
         needs.extend(setup::ALL);
     }
     setup::ensure(ctx, &needs)?;
+    if any(|w| matches!(w, Work::Deny)) {
+        deny::prepare(ctx)?;
+    }
     if any(|w| matches!(w, Work::Model)) {
         model::build(ctx)?;
     }
@@ -362,6 +369,7 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
         Work::Bench => Ok(Ended::ok(bench::quick::row(ctx)?)),
         Work::BenchDoc => Ok(Ended::ok(bench::docs::matching(ctx)?)),
         Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
+        Work::Deny => Ok(Ended::ok(deny::check(ctx, &deny::Args::default())?)),
         Work::Tcb => {
             let lines = tcb::count(ctx)?.own_lines;
             if lines >= TCB_LIMIT {
