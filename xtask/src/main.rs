@@ -7,6 +7,7 @@ mod bench;
 mod build;
 mod cache;
 mod cli_rows;
+mod coverage;
 mod cpio;
 mod debs;
 mod deny;
@@ -20,6 +21,7 @@ mod image;
 mod job;
 mod kernel;
 mod machine;
+mod miri;
 mod model;
 mod mutants;
 mod report;
@@ -96,6 +98,10 @@ enum Verb {
     Mutants(mutants::Args),
     /// Explore every interleaving of the pure crate's transitions in small worlds
     Model(model::Args),
+    /// Interpret the pure crate's unit tests with Miri
+    Miri(miri::Args),
+    /// See which lines of the pure crate its unit tests execute
+    Coverage(coverage::Args),
     /// Check the licences and origins of all that is built with
     Deny(deny::Args),
     /// Compute the launch digest of a guest from its files and configuration
@@ -133,6 +139,8 @@ impl Verb {
             Self::Fuzz(_) => "fuzz",
             Self::Mutants(_) => "mutants",
             Self::Model(_) => "model",
+            Self::Miri(_) => "miri",
+            Self::Coverage(_) => "coverage",
             Self::Deny(_) => "deny",
             Self::Digest(_) => "digest",
             Self::Tcb { .. } => "tcb",
@@ -257,6 +265,8 @@ fn real_main() -> Result<()> {
         Verb::Fuzz(args) => fuzz::main(&ctx, &args),
         Verb::Mutants(args) => mutants::main(&ctx, &args),
         Verb::Model(args) => model::main(&ctx, &args),
+        Verb::Miri(args) => miri::main(&ctx, &args),
+        Verb::Coverage(args) => coverage::main(&ctx, &args),
         Verb::Deny(args) => deny::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
         Verb::Tcb { json, files } => tcb::main(&ctx, json, files),

@@ -15,8 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, attack, bench, build, deny, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel,
-    model, sh, tcb,
+    Ctx, attack, bench, build, coverage, deny, digest, failure, fuzz, fuzz_host, fuzz_target,
+    image, kernel, miri, model, sh, tcb,
 };
 
 /// One row.
@@ -67,6 +67,10 @@ pub enum Work {
     Reset,
     /// The monitor's panic stops all CPUs.
     Panic,
+    /// Lines of the pure crate that its unit tests execute.
+    Coverage,
+    /// Unit tests of the pure crate in Miri.
+    Miri,
     /// Licences and origins of all packages.
     Deny,
     /// Size of the TCB.
@@ -108,6 +112,8 @@ pub fn table() -> Vec<Row> {
             Work::Model => "cargo xtask model".to_owned(),
             Work::Attack => "cargo xtask attack".to_owned(),
             Work::Bench => "cargo xtask bench --quick".to_owned(),
+            Work::Coverage => "cargo xtask coverage".to_owned(),
+            Work::Miri => "cargo xtask miri".to_owned(),
             Work::Deny => "cargo xtask deny".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
@@ -159,6 +165,8 @@ pub fn table() -> Vec<Row> {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }
+    add("unit/coverage".into(), 300, Work::Coverage);
+    add("unit/miri".into(), 600, Work::Miri);
     // The pure crate with loom's atomics, and with shuttle's: docs/architecture.md, "Locks".
     for (tool, test) in [("loom", "orders"), ("shuttle", "schedules")] {
         let mut words = vec!["test", "-q", "--locked", "--manifest-path", "schedules/Cargo.toml"];
@@ -270,6 +278,12 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
         needs.extend(setup::ALL);
     }
     setup::ensure(ctx, &needs)?;
+    if any(|w| matches!(w, Work::Coverage)) {
+        coverage::build(ctx)?;
+    }
+    if any(|w| matches!(w, Work::Miri)) {
+        miri::prepare(ctx)?;
+    }
     if any(|w| matches!(w, Work::Deny)) {
         deny::prepare(ctx)?;
     }
@@ -369,13 +383,21 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
         Work::Bench => Ok(Ended::ok(bench::quick::row(ctx)?)),
         Work::BenchDoc => Ok(Ended::ok(bench::docs::matching(ctx)?)),
         Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
+        Work::Coverage => Ok(Ended::ok(coverage::measure(ctx)?.verdict()?)),
+        Work::Miri => Ok(Ended::ok(miri::execute(ctx, &[], Some(row.limit))?.line())),
         Work::Deny => Ok(Ended::ok(deny::check(ctx, &deny::Args::default())?)),
         Work::Tcb => {
-            let lines = tcb::count(ctx)?.own_lines;
+            let summary = tcb::count(ctx)?;
+            let lines = summary.own_lines;
             if lines >= TCB_LIMIT {
                 bail!("{lines} lines of our own at EL3; the limit is {TCB_LIMIT}");
             }
-            Ok(Ended::ok(format!("{lines} lines of our own at EL3")))
+            summary.stack.verdict()?;
+            let stack = &summary.stack;
+            Ok(Ended::ok(format!(
+                "{lines} lines of our own at EL3; at most {} of {} bytes of stack",
+                stack.bound, stack.size
+            )))
         }
         Work::Series => {
             let stat = kernel::stat(ctx)?;
