@@ -163,8 +163,8 @@ pub fn build(ctx: &Ctx) -> Result<PathBuf> {
     )?;
     step.done();
     let messages = messages.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
-    let programs = messages.filter_map(|m| m["executable"].as_str().map(PathBuf::from));
-    programs.last().context("Cargo built no test")
+    let mut programs = messages.filter_map(|m| m["executable"].as_str().map(PathBuf::from));
+    programs.next_back().context("Cargo built no test")
 }
 
 /// Runs the unit tests and sees what they execute.

@@ -2,6 +2,7 @@
 //! `cargo xtask`: builds, runs and tests HA-VMSI on an emulated Arm machine.
 
 mod apt;
+mod assurance;
 mod attack;
 mod bench;
 mod build;
@@ -106,15 +107,10 @@ enum Verb {
     Deny(deny::Args),
     /// Compute the launch digest of a guest from its files and configuration
     Digest(digest::Args),
-    /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
-    Tcb {
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-        /// Also each source file of ours
-        #[arg(long)]
-        files: bool,
-    },
+    /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate, and the stack
+    Tcb(tcb::Args),
+    /// Take results of other verbs into docs/assurance.json; write docs/assurance.md
+    Assurance(assurance::Args),
     /// Remove what was built
     Clean {
         /// Also empty the cache folder (kernel, images, downloads)
@@ -143,7 +139,8 @@ impl Verb {
             Self::Coverage(_) => "coverage",
             Self::Deny(_) => "deny",
             Self::Digest(_) => "digest",
-            Self::Tcb { .. } => "tcb",
+            Self::Tcb(_) => "tcb",
+            Self::Assurance(_) => "assurance",
             Self::Clean { .. } => "clean",
         }
     }
@@ -269,7 +266,8 @@ fn real_main() -> Result<()> {
         Verb::Coverage(args) => coverage::main(&ctx, &args),
         Verb::Deny(args) => deny::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
-        Verb::Tcb { json, files } => tcb::main(&ctx, json, files),
+        Verb::Tcb(args) => tcb::main(&ctx, &args),
+        Verb::Assurance(args) => assurance::main(&ctx, &args),
         Verb::Clean { cache } => clean(&ctx, cache),
     }
 }

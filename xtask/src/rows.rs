@@ -15,8 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, attack, bench, build, coverage, deny, digest, failure, fuzz, fuzz_host, fuzz_target,
-    image, kernel, miri, model, sh, tcb,
+    Ctx, assurance, attack, bench, build, coverage, deny, digest, failure, fuzz, fuzz_host,
+    fuzz_target, image, kernel, miri, model, sh, tcb,
 };
 
 /// One row.
@@ -59,6 +59,8 @@ pub enum Work {
     Bench,
     /// docs/benchmarks is what the committed figures make of it.
     BenchDoc,
+    /// docs/assurance.md and docs/tcb.md are what docs/assurance.json makes of them.
+    AssuranceDoc,
     /// The pure crate against its model, for so many seconds.
     FuzzHost(u64),
     /// Every interleaving in small worlds.
@@ -182,6 +184,7 @@ pub fn table() -> Vec<Row> {
     add("size/series".into(), 30, Work::Series);
     add("docs/threats".into(), 30, Work::ThreatsDoc);
     add("docs/benchmarks".into(), 30, Work::BenchDoc);
+    add("docs/assurance".into(), 120, Work::AssuranceDoc);
     for what in [
         "wrong-option",
         "wrong-value",
@@ -382,6 +385,7 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
         Work::Panic => Ok(Ended::ok(failure::panic(ctx, row.limit)?)),
         Work::Bench => Ok(Ended::ok(bench::quick::row(ctx)?)),
         Work::BenchDoc => Ok(Ended::ok(bench::docs::matching(ctx)?)),
+        Work::AssuranceDoc => Ok(Ended::ok(assurance::matching(ctx)?)),
         Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
         Work::Coverage => Ok(Ended::ok(coverage::measure(ctx)?.verdict()?)),
         Work::Miri => Ok(Ended::ok(miri::execute(ctx, &[], Some(row.limit))?.line())),

@@ -2,6 +2,8 @@
 //! Counts what runs at EL3: the files that the compiler really read for the monitor and for
 //! each crate that is linked into it. Blank lines, comments and tests don't count.
 
+pub mod docs;
+pub mod history;
 pub mod stack;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +17,21 @@ use serde_json::Value;
 
 use crate::setup::{self, Need, TARGETS};
 use crate::{Ctx, sh};
+
+/// Options of `tcb`.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Args {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Also each source file of ours
+    #[arg(long)]
+    pub files: bool,
+    /// Write today's figures to docs/assurance.json, and what is made of them: docs/tcb.md,
+    /// docs/assurance.md
+    #[arg(long)]
+    pub docs: bool,
+}
 
 /// Counted lines of one crate.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -506,14 +523,17 @@ pub fn table(s: &Summary, by_file: bool) -> String {
 }
 
 /// The `tcb` verb.
-pub fn main(ctx: &Ctx, json: bool, by_file: bool) -> Result<()> {
+pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
+    if args.docs {
+        return crate::assurance::write(ctx, vec![], None);
+    }
     let summary = count(ctx)?;
-    if json {
+    if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
-        print!("{}", table(&summary, by_file));
+        print!("{}", table(&summary, args.files));
     }
-    Ok(())
+    summary.stack.verdict()
 }
 
 #[cfg(test)]
