@@ -10,10 +10,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::barrier;
 use crate::mmio::Registers;
-use crate::sysreg::{
-    icc_acknowledge_group0, icc_eoir0_el1, icc_igrpen0_el1, icc_igrpen1_el3, icc_pmr_el1,
-    icc_sgi0r_el1, icc_sre_el1, icc_sre_el2, icc_sre_el3, mpidr_el1,
-};
+use crate::sysreg as reg;
 
 /// The monitor's own software-generated interrupt.
 const SGI: u32 = 15;
@@ -172,16 +169,16 @@ impl Gic {
                 init_private(redistributors, frame + SGI_BASE);
                 redistributors.write32(frame + SGI_BASE + GICD_IGRPMODR, 0);
                 // The registers of the lower levels exist once those of the higher do.
-                icc_sre_el3::write(SRE_ALL);
+                reg::icc_sre_el3::write(SRE_ALL);
                 barrier::isb();
                 // Without Enable: EL1's own trap, as they would change nothing.
-                icc_sre_el2::write(SRE_ALL & !8);
+                reg::icc_sre_el2::write(SRE_ALL & !8);
                 barrier::isb();
-                icc_sre_el1::write(SRE_ALL & !8);
+                reg::icc_sre_el1::write(SRE_ALL & !8);
                 barrier::isb();
-                icc_pmr_el1::write(0xff);
-                icc_igrpen1_el3::write(0);
-                icc_igrpen0_el1::write(1);
+                reg::icc_pmr_el1::write(0xff);
+                reg::icc_igrpen1_el3::write(0);
+                reg::icc_igrpen0_el1::write(1);
                 barrier::isb();
             }
         }
@@ -195,7 +192,7 @@ impl Gic {
                 cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST & !GICC_CTLR_GRP1);
             }
             Kind::V3 { .. } => {
-                icc_igrpen1_el3::write(0);
+                reg::icc_igrpen1_el3::write(0);
                 barrier::isb();
             }
         }
@@ -213,7 +210,7 @@ impl Gic {
             }
             Kind::V3 { .. } => {
                 let affinity = |level: u32| mpidr >> level & 0xff;
-                icc_sgi0r_el1::write(
+                reg::icc_sgi0r_el1::write(
                     affinity(32) << 48
                         | affinity(16) << 32
                         | u64::from(SGI) << 24
@@ -238,9 +235,9 @@ impl Gic {
                 }
             }
             Kind::V3 { .. } => {
-                let id = icc_acknowledge_group0();
+                let id = reg::icc_acknowledge_group0();
                 if id < 1020 {
-                    icc_eoir0_el1::write(id);
+                    reg::icc_eoir0_el1::write(id);
                     barrier::isb();
                 }
             }
@@ -249,7 +246,7 @@ impl Gic {
 
     fn own_redistributor(&self) -> Option<usize> {
         let Kind::V3 { redistributors, count } = self.kind else { return None };
-        let mpidr = mpidr_el1::read();
+        let mpidr = reg::mpidr_el1::read();
         let affinity = (mpidr >> 32 & 0xff) << 24 | mpidr & 0xff_ffff;
         (0..count)
             .map(|i| i * REDISTRIBUTOR_SIZE)

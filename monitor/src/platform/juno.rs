@@ -9,7 +9,7 @@
 use havmsi_core::ram::{Ram, Range};
 use havmsi_core::stage2::Attributes;
 use havmsi_hal::barrier;
-use havmsi_hal::css::{Cci, Counter, Scp, System, Trng};
+use havmsi_hal::css::{self, Cci, Counter, Scp, System, Trng};
 use havmsi_hal::gic::Gic;
 use havmsi_hal::pl011::Uart;
 use havmsi_hal::smmu::Smmu;
@@ -53,7 +53,7 @@ const TRNG: usize = 0x7fe6_0000;
 const UART1: usize = 0x7ff7_0000;
 
 /// 7.2738 MHz / (16 * 115200), in 64ths.
-pub const UART_DIVISOR: Option<u32> = Some(253);
+const UART_DIVISOR: u32 = 253;
 /// L2CTLR_EL1 of the big CPUs: data and tag RAM answer in 3 cycles, which is
 /// slow enough for all revisions (r1 and r2 could have faster tags).
 const L2_LATENCY: u64 = 2 << 6 | 2;
@@ -110,6 +110,8 @@ pub fn early(cpu: usize) {
     if cpu == 0 {
         // SAFETY: as above.
         unsafe { Counter::new(COUNTER) }.start();
+        // SAFETY: as above.
+        unsafe { css::set_line(UART1, UART_DIVISOR) };
     }
     cntfrq_el0::write(COUNTER_HZ);
 }

@@ -47,9 +47,6 @@ const SEED_FILE: &str = "opt/org.havmsi/seed";
 const RAM_FILE: &str = "opt/org.havmsi/ram-mib";
 const IMAGES_FILE: &str = "opt/org.havmsi/images";
 
-/// QEMU's UARTs have no line.
-pub const UART_DIVISOR: Option<u32> = None;
-
 /// The monitor's console.
 pub const fn uart() -> Uart {
     // SAFETY: `EL3_DEVICES` covers the secure UART of the virt machine.
