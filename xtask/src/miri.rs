@@ -17,20 +17,19 @@ use crate::setup::{self, MIRI_TOOLCHAIN, Need};
 use crate::{Ctx, sh, ui};
 
 /// Tests that are left out, by the start of their names, and why.
-const LEFT_OUT: [(&str, &str); 13] = [
+const LEFT_OUT: [(&str, &str); 12] = [
     ("audit::", "each test audits all tables several times: ten minutes and more a test"),
     ("vm::", "an audit, and a picture of all memory, after each call: minutes a test"),
     ("hypercall::", "guests with table memory, page by page: a minute a test and more"),
     ("guest_map::", "the host's map is split for each page: a minute a test"),
     ("host_map::", "the host's map is split for each page: a minute a test"),
     ("hostile::", "random calls with an audit after each: hours"),
-    ("concurrent::", "rounds of two CPUs with an audit: `schedules/` looks for races"),
+    ("concurrent::races_lose_no_page", "two CPUs with an audit: `schedules/` looks for races too"),
     ("worst_case::", "records of 8 GiB of RAM"),
     ("vgic::tests::interrupts_are_sgis_ppis_and_spis", "a loop over all numbers: minutes"),
     ("vgic::tests::kvm_is_never_refused", "a loop over all states: minutes"),
     ("vgic::tests::only_the_timer_is_linked_to_hardware", "a loop over all numbers: minutes"),
     ("vgic::tests::pending_sgis_are_told_from_the_rest", "a loop over all states: minutes"),
-    ("launch::tests::everything_measured_changes_the_digest", "a hundred digests: 20 s"),
 ];
 
 /// Options of `miri`.

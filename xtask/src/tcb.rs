@@ -393,6 +393,9 @@ fn shipped(source: &str) -> Vec<u8> {
     text.iter_mut().filter(|c| !c.is_ascii()).for_each(|c| *c = b'~');
     let view = String::from_utf8_lossy(&text).into_owned();
     for start in find_all(&view, "#[cfg(test)]").into_iter().chain(find_all(&view, "#[test]")) {
+        if text.get(start) != Some(&b'#') {
+            continue; // inside of what is blank already
+        }
         let end =
             item_end(&text, start + view.get(start..).and_then(|v| v.find(']')).unwrap_or(0) + 1);
         blank(&mut text, start, end);
@@ -539,6 +542,12 @@ pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_follows_the_tests_counts() {
+        let source = "#[cfg(test)]\nmod tests {\n    #[test]\n    fn t() {}\n}\nconst A: u8 = 1;\n";
+        assert_eq!(count_rust(source).rust, 1);
+    }
 
     #[test]
     fn blanks_comments_and_tests_do_not_count() {

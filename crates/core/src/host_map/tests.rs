@@ -218,6 +218,10 @@ fn device_windows_take_blocks_where_they_can() {
     };
     assert_eq!(pages(27), None);
     assert_eq!(pages(28), Some(Error::Invalid));
+    // A page of what a block maps already.
+    let twice = [range(at, 2 * MIB), range(at + PAGE_SIZE, PAGE_SIZE)];
+    let map = build(&FakeHardware::default(), one_bank(16 * MIB), &twice);
+    assert_eq!(map.err(), Some(Error::Invalid));
 }
 
 /// The entry at each level of the devices' stage-2.
