@@ -83,7 +83,7 @@ fn some_page(a: u8) -> u64 {
         BASE + CARVEOUT - 0x1000,
         BASE + (6 << 20),
         BANK2 - 0x1000,
-        BANK2 + (2 << 20),
+        BANK2 + (4 << 20),
         UART,
         0,
         BASE + CARVEOUT + 8,
