@@ -137,7 +137,7 @@ fn stats(world: &World) -> [u64; 6] {
             vcpus += vm.vcpu_count() as u64;
         }
     }
-    [count, vcpus, census.private, census.table, census.shared, census.host]
+    [count, vcpus, census.private, census.table, census.host, census.shared]
 }
 
 /// A digest in hexadecimal.

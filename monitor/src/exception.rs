@@ -68,12 +68,11 @@ pub fn stop_if_told() {
 fn from_host_el2(frame: &mut Frame) {
     let esr = esr_el2::read();
     let access = SysregAccess::decode(esr);
-    match esr >> EC_SHIFT {
+    match esr >> EC_SHIFT & 0x3f {
         ec::DATA_ABORT | ec::INSTRUCTION_ABORT => host_abort::handle(frame, esr),
         ec::SYSREG if access.is_id() && access.read => id_read(frame, access, World::Host),
         ec::SYSREG => match access.fixed() {
             Some(value) => frame.answer(access, value),
-            None if access.op0() == 2 => frame.answer(access, 0),
             None => inject_undefined(frame),
         },
         _ => inject_undefined(frame),
@@ -84,7 +83,7 @@ fn from_host_el2(frame: &mut Frame) {
 fn from_host() {
     let cpu = this_cpu();
     // The PC is behind the SMC already.
-    let call = esr_el3::read() >> EC_SHIFT == ec::SMC64
+    let call = esr_el3::read() >> EC_SHIFT & 0x3f == ec::SMC64
         && cpu.with_host(|frame| frame.spsr & spsr::MODE != 0);
     if !call {
         cpu.with_host(inject_undefined);

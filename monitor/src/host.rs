@@ -28,8 +28,7 @@ use spin::Once;
 use spin::mutex::SpinMutex;
 
 use crate::cpu::this_cpu;
-use crate::mmu;
-use crate::platform::{self, Facts};
+use crate::platform::{self, Facts, MAX_PAGES};
 
 /// All that is shared between the CPUs.
 pub struct World {
@@ -66,6 +65,9 @@ impl Transitions for World {
 }
 
 static WORLD: Once<World> = Once::new();
+
+/// One ownership record a page.
+static RECORDS: [AtomicU16; MAX_PAGES] = [const { AtomicU16::new(0) }; _];
 
 /// What all CPUs share; built before the second one comes in.
 pub fn world() -> &'static World {
@@ -105,8 +107,7 @@ pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
     let Ok(map) = HostMap::new(&machine, facts.ram, reserved, devices) else {
         panic!("the platform's RAM or devices can't be mapped");
     };
-    let records: &'static [AtomicU16] = mmu::claim_records(facts.ram.page_count());
-    let Some(pages) = Pages::new(facts.ram, records) else {
+    let Some(pages) = Pages::new(facts.ram, &RECORDS) else {
         panic!("more RAM than secure RAM can hold records for");
     };
     for (i, bank) in facts.ram.banks().iter().enumerate() {

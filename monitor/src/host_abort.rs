@@ -29,7 +29,7 @@ pub fn handle(frame: &mut Frame, esr: u64) {
     // executable. Cache maintenance says "write", but needs that right only where
     // it says that it lacks it.
     let permission = esr & FSC_TYPE == FSC_PERMISSION;
-    let execute = if walk { permission } else { esr >> EC_SHIFT == ec::INSTRUCTION_ABORT };
+    let execute = if walk { permission } else { esr >> EC_SHIFT & 0x3f == ec::INSTRUCTION_ABORT };
     let write = if walk || esr & CM != 0 { permission } else { !execute && esr & WNR != 0 };
     let verdict = world.with_host_map(|map| map.resolve(&world.machine, ipa, write, execute));
     if verdict == Resolution::Refused {
@@ -42,7 +42,7 @@ pub fn handle(frame: &mut Frame, esr: u64) {
 /// writes.
 fn emulate(frame: &mut Frame, esr: u64, Ipa(ipa): Ipa) -> bool {
     let world = host::world();
-    if world.gic.version() != 3 || esr >> EC_SHIFT != ec::DATA_ABORT {
+    if world.gic.version() != 3 || esr >> EC_SHIFT & 0x3f != ec::DATA_ABORT {
         return false;
     }
     let Some(offset) = platform::emulated_redistributor(ipa, world.facts.cpus) else {

@@ -175,36 +175,25 @@ fn enter(
     locked.check_handle(handle)?;
     let run = locked.runnable(idx)?;
     let world = host::world();
-    let current = local.current.insert(Current {
-        world,
-        vm,
-        idx,
-        config: run.config,
-        // SAFETY: see `Contexts`; the last one is not used any more.
-        context: unsafe { &mut *CONTEXTS.0[usize::from(run.context)].get() },
-        page: RunPage(phys::page(run.run_page)),
-        used_lrs: 0,
-        fp_loaded: false,
-        debug_loaded: false,
-    });
-    let entry = current.page.entry();
+    // SAFETY: see `Contexts`.
+    let context = unsafe { &mut *CONTEXTS.0[usize::from(run.context)].get() };
+    let page = RunPage(phys::page(run.run_page));
+    let entry = page.entry();
     if run.start.is_some() {
         // What its last life left open is nobody's business any more.
-        current.context.pending = Pending::Nothing;
+        context.pending = Pending::Nothing;
     }
-    let mut answer = exit::answer(&current.context.pending, &entry)?;
+    let mut answer = exit::answer(&context.pending, &entry)?;
     let implemented = if run.config.gic == 0 { 0 } else { world.vgic.list_registers() };
     let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
-    current.used_lrs = used_lrs;
     locked.take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
 
     #[cfg(feature = "leave-out")]
-    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(current.page) } else { entry };
+    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(page) } else { entry };
     #[cfg(feature = "leave-out")]
     let cntvoff = cntvoff_el2::read();
     // Accepted: from here on things change.
     locked.enter(idx)?;
-    let context = &mut *current.context;
     if context.pending == Pending::Hypercall {
         let [x0, x1, ..] = context.frame.x;
         hypercall::answered(world, &mut locked, idx, [x0, x1], &mut answer);
@@ -255,7 +244,19 @@ fn enter(
         exception::inject(&mut context.frame, what, syndrome);
     }
     let frame = &raw mut context.frame;
-    if context.el1.mdscr_el1 & MDSCR_ARMED != 0 && !havmsi_core::left_out!(DebugState) {
+    let armed = context.el1.mdscr_el1 & MDSCR_ARMED != 0;
+    let current = local.current.insert(Current {
+        world,
+        vm,
+        idx,
+        config: run.config,
+        context,
+        page,
+        used_lrs,
+        fp_loaded: false,
+        debug_loaded: false,
+    });
+    if armed && !havmsi_core::left_out!(DebugState) {
         current.load_debug();
     }
     let last = &mut local.last[usize::from(slot.0)];
@@ -385,10 +386,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
                     // The PC is behind the call: back, until it is answered.
                     context.frame.elr = context.frame.elr.wrapping_sub(4);
                     let exit = exit::call(&pending, x[1]);
-                    context.pending = match pending {
-                        Pending::Nothing => Pending::Nothing,
-                        _ => Pending::Hypercall,
-                    };
+                    context.pending = pending;
                     return Some(exit);
                 }
             }

@@ -314,11 +314,6 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
                 report.checks.len()
             )))
         }
-        // Known to fail; `cargo xtask run --no-control --job devices` shows it.
-        Work::Job("devices", ..) => Ok(Ended::Skip(
-            "a transfer of the host's disk aborts while a guest's devices are at work: not solved yet"
-                .to_owned(),
-        )),
         Work::Job(job, gic, cpu, more) => {
             let args = run::Args {
                 gic: *gic,

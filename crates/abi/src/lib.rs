@@ -111,7 +111,7 @@ functions! {
     VmReset = 15,
     /// `vm`: as reset, then everything else; [`Status::Again`] until done.
     VmDestroy = 16,
-    /// `-> VMs, vCPUs, private pages, pool pages, shared pages, host pages`
+    /// `-> VMs, vCPUs, private pages, pool pages, host pages, shared pages`
     Stats = 17,
 }
 

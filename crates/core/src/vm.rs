@@ -257,7 +257,8 @@ impl Vm {
     /// if the guest has said where its devices are, and not there.
     pub fn ram_or_device(&self, ipa: Ipa) -> Option<bool> {
         let (ram, any) = (self.is_ram(ipa), self.guards[0].size == 0 || left_out!(Guard));
-        let guarded = || self.guards.iter().any(|r| r.contains(ipa.0, PAGE_SIZE));
+        let guards = self.guards.iter().take_while(|r| r.size != 0);
+        let guarded = || guards.clone().any(|r| r.contains(ipa.0, PAGE_SIZE));
         (ram || any || guarded()).then_some(ram)
     }
 

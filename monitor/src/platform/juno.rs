@@ -25,10 +25,6 @@ const FIRST_BIG: usize = 4;
 /// CPUs are off at reset, and come in when they are turned on.
 pub const PEN: bool = false;
 
-/// Bytes of DRAM that only the secure world's CPUs may use; it starts with the
-/// image (build.rs). The 2 MiB above belong to the control processor.
-pub const SECURE_RAM_SIZE: u64 = 14 << 20;
-
 const MIB2: u64 = 2 << 20;
 /// Windows of devices that EL3 uses, in 2 MiB steps: secure SRAM; system
 /// counter; mailbox; interrupt controller and interconnect; entropy and UARTs.

@@ -20,8 +20,6 @@ pub static AFFINITIES: [u64; MAX_CPUS] = [0, 1, 2, 3, 4, 5, 6, 7];
 /// All CPUs start at reset, and wait in the pen.
 pub const PEN: bool = true;
 
-/// Bytes of secure RAM; it starts with the image (build.rs).
-pub const SECURE_RAM_SIZE: u64 = 16 << 20;
 /// First byte of the normal world's RAM.
 const RAM_BASE: u64 = 0x4000_0000;
 

@@ -176,7 +176,7 @@ static int havmsi_stats_show(struct seq_file *m, void *unused)
 	if (status)
 		return havmsi_errno(status);
 	seq_printf(m, "vms %lu\nvcpus %lu\nprivate_pages %lu\npool_pages %lu\nshared_pages %lu\nhost_pages %lu\n",
-		   res.a1, res.a2, res.a3, res.a4, res.a5, res.a6);
+		   res.a1, res.a2, res.a3, res.a4, res.a6, res.a5);
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(havmsi_stats);
@@ -502,6 +502,10 @@ static int reset(struct havmsi_vm *hv, u64 fn)
 	/* Device pages were unmapped along with the rest. */
 	for (i = 0; i < hv->nr_dev; i++)
 		hv->dev[i].mapped = false;
+	kvm_for_each_vcpu(i, vcpu, hv->kvm) {
+		if (vcpu->arch.havmsi)
+			vcpu->arch.havmsi->moving = NULL;
+	}
 	havmsi_unpin_all(hv);
 	return 0;
 }

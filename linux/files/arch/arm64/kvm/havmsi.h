@@ -53,6 +53,8 @@ struct havmsi_vcpu {
 	/* What the last exit was, as far as it can still be answered. */
 	u64 exit_class;
 	u64 exit_ipa;
+	/* The page that the answer is about, if it ends sharing. */
+	struct page *moving;
 	bool created;
 	/*
 	 * A large folio of which that many pages at least are the VM's, while
@@ -76,6 +78,7 @@ int havmsi_populate(struct havmsi_vm *hv);
 int havmsi_declare_ram(struct havmsi_vm *hv);
 int havmsi_map_devices(struct havmsi_vm *hv);
 void havmsi_unpin_all(struct havmsi_vm *hv);
+void havmsi_unshared(struct havmsi_vcpu *hvcpu);
 void havmsi_uncharge(struct havmsi_vm *hv);
 
 #endif /* __KVM_HAVMSI_H */

@@ -15,6 +15,7 @@
 #include <linux/slab.h>
 #include <linux/string.h>
 
+#include <asm/asm-extable.h>
 #include <asm/kvm_emulate.h>
 #include <asm/kvm_mmu.h>
 
@@ -93,11 +94,103 @@ void havmsi_pool_free(struct havmsi_vm *hv)
 	INIT_LIST_HEAD(&hv->pool);
 }
 
+/* ---- whose a page is, before it is pinned for a transfer ---- */
+
+/*
+ * A device's access to a page that is not ours aborts, and what the device's
+ * driver makes of that is not to be relied on. So no page of a VM is pinned but
+ * while it is shared, and no page goes to a VM while somebody has it pinned:
+ * who pins looks here after that, who gives looks for pins after it wrote here.
+ */
+static DEFINE_XARRAY(held);	/* Pages of all VMs, by pfn. */
+
+/* Shared or not: the monitor doesn't tell. */
+#define HELD	xa_mk_value(0)
+/* Shared, as was seen. Remains so while we don't agree to its end. */
+#define SHARED	xa_mk_value(1)
+/* Given to the VM or taken back by it right now. */
+#define MOVING	xa_mk_value(2)
+
+/* There is something already, so nothing is allocated. */
+static void hold(struct page *page, void *state)
+{
+	xa_store(&held, page_to_pfn(page), state, GFP_ATOMIC);
+}
+
+/* What it was, so that it can be that again; NULL if it moves already. */
+static void *start_moving(struct page *page)
+{
+	void *state;
+
+	xa_lock(&held);
+	state = xa_load(&held, page_to_pfn(page));
+	if (state == MOVING)
+		state = NULL;
+	if (state)
+		__xa_store(&held, page_to_pfn(page), MOVING, GFP_ATOMIC);
+	xa_unlock(&held);
+	smp_mb();
+	return state;
+}
+
+/* Stores what is there, in one go: the guest may be writing as well. */
+static bool can_be_written(struct page *page)
+{
+	u64 *p = page_address(page), value;
+	int ret = 0;
+	u32 failed;
+
+	asm volatile("1:	ldxr	%0, %3\n"
+		     "2:	stxr	%w1, %0, %3\n"
+		     "	cbnz	%w1, 1b\n"
+		     "3:\n"
+		     _ASM_EXTABLE_KACCESS_ERR(1b, 3b, %w2)
+		     _ASM_EXTABLE_KACCESS_ERR(2b, 3b, %w2)
+		     : "=&r" (value), "=&r" (failed), "+r" (ret), "+Q" (*p));
+	return !ret;
+}
+
+static bool may_be_pinned(struct page *page)
+{
+	void *state = xa_load(&held, page_to_pfn(page));
+
+	if (likely(!state) || state == SHARED)
+		return true;
+	/* A store of ours must not meet a transfer: only the first pin tries. */
+	xa_lock(&held);
+	state = xa_load(&held, page_to_pfn(page));
+	if (state == HELD && can_be_written(page)) {
+		state = SHARED;
+		__xa_store(&held, page_to_pfn(page), state, GFP_ATOMIC);
+	}
+	xa_unlock(&held);
+	return !state || state == SHARED;
+}
+
+/* What pin_user_pages_fast() returns for @pages, of which it got @nr. */
+int arch_check_pinned(struct page **pages, int nr)
+{
+	int i;
+
+	if (!havmsi_present)
+		return nr;
+	/* Pairs with those in give() and start_moving(). */
+	smp_mb();
+	for (i = 0; i < nr && !xa_empty(&held); i++) {
+		if (may_be_pinned(pages[i]))
+			continue;
+		unpin_user_pages(pages + i, nr - i);
+		return i ?: -EFAULT;
+	}
+	return nr;
+}
+
 /* ---- pages that come back ---- */
 
 /* Wiped, so whatever copy of it lies elsewhere (swap) is out of date. */
 static void unpin(struct page *page)
 {
+	xa_erase(&held, page_to_pfn(page));
 	unpin_user_pages_dirty_lock(&page, 1, true);
 }
 
@@ -197,13 +290,17 @@ static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page)
 		return 0;
 	}
 	ret = xa_err(xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT));
+	if (!ret)
+		ret = xa_insert(&held, page_to_pfn(page), HELD, GFP_KERNEL);
 	if (!ret) {
 		ret = havmsi_vm_call(hv, &regs, NULL);
 		if (ret)
-			xa_erase(&hv->pages, gfn);
+			xa_erase(&held, page_to_pfn(page));
 	}
-	if (ret)
+	if (ret) {
+		xa_erase(&hv->pages, gfn);
 		unpin_user_page(page);
+	}
 	return ret;
 }
 
@@ -369,20 +466,62 @@ static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
 {
 	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
 	struct havmsi_vm *hv = vcpu->kvm->arch.havmsi;
-	gfn_t gfn = ipa >> PAGE_SHIFT;
+	XA_STATE(xas, &hv->pages, ipa >> PAGE_SHIFT);
+	void *state = NULL;
 	struct page *page;
 	int ret = 1;
 
 	down_read(&hv->lock);
-	page = xa_load(&hv->pages, gfn);
-	if (page && pinned_by_others(hvcpu, hv, gfn, page, false)) {
+	/* Not xa_load(): a place that is taken is to be told from none. */
+	xa_lock(&hv->pages);
+	page = xas_load(&xas);
+	xa_unlock(&hv->pages);
+	if (page && !xa_is_zero(page))
+		state = start_moving(page);
+	if (!page) {
+		/* Not 0: there may be one, shared and pinned, when that arrives. */
+		vcpu_set_reg(vcpu, 0, SMCCC_RET_INVALID_PARAMETER);
+	} else if (!state || pinned_by_others(hvcpu, hv, xas.xa_index, page, false)) {
+		if (state)
+			hold(page, state);
 		/* No answer. */
 		hvcpu->exit_class = HAVMSI_EXIT_IRQ;
 		ret = not_yet();
 	} else {
+		hvcpu->moving = page;
 		vcpu_set_reg(vcpu, 0, 0);
 	}
 	up_read(&hv->lock);
+	return ret;
+}
+
+/* The monitor took the answer. Interrupts are off. */
+void havmsi_unshared(struct havmsi_vcpu *hvcpu)
+{
+	xa_cmpxchg(&held, page_to_pfn(hvcpu->moving), MOVING, HELD, GFP_ATOMIC);
+	hvcpu->moving = NULL;
+}
+
+/* We have pinned the page: it becomes the VM's, unless others have as well. */
+static int give(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
+		struct page *page)
+{
+	struct arm_smccc_1_2_regs regs = {
+		.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
+		.a3 = page_to_phys(page), .a4 = PAGE_SIZE,
+	};
+	int ret;
+
+	ret = xa_insert(&held, page_to_pfn(page), MOVING, GFP_KERNEL);
+	if (ret)
+		return ret;
+	smp_mb();
+	ret = pinned_by_others(hvcpu, hv, gfn, page, true) ? -EAGAIN :
+	      havmsi_vm_call(hv, &regs, NULL);
+	if (ret)
+		xa_erase(&held, page_to_pfn(page));
+	else
+		hold(page, HELD);
 	return ret;
 }
 
@@ -393,7 +532,6 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 	struct kvm *kvm = vcpu->kvm;
 	struct havmsi_vm *hv = kvm->arch.havmsi;
 	gfn_t gfn = ipa >> PAGE_SHIFT;
-	struct arm_smccc_1_2_regs regs;
 	struct kvm_memory_slot *slot;
 	struct page *page;
 	unsigned long hva;
@@ -414,8 +552,20 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		ret = -EFAULT;
 		goto out;
 	}
+
+	/* Its place in the list. */
+	ret = xa_insert(&hv->pages, gfn, NULL, GFP_KERNEL_ACCOUNT);
+	if (ret) {
+		/* Another vCPU is at the same page: let it. */
+		if (ret == -EBUSY) {
+			cond_resched();
+			ret = 1;
+		}
+		goto out;
+	}
 	ret = pin_user_pages_fast(hva, 1, PIN_FLAGS, &page);
 	if (ret != 1) {
+		xa_release(&hv->pages, gfn);
 		if (ret == -EINTR || ret == -EAGAIN)
 			goto out;
 		kvm_pr_limited("HA-VMSI VM %llu: can't pin the memory behind guest address %#llx (%d)\n",
@@ -424,35 +574,20 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		goto out;
 	}
 
-	if (pinned_by_others(hvcpu, hv, gfn, page, true)) {
-		unpin_user_page(page);
-		ret = not_yet();
-		goto out;
-	}
-
-	ret = xa_insert(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
+	ret = give(hvcpu, hv, gfn, page);
 	if (ret) {
+		xa_release(&hv->pages, gfn);
 		unpin_user_page(page);
-		/* Another vCPU is at the same page: let it. */
-		if (ret == -EBUSY) {
-			cond_resched();
-			ret = 1;
+		if (ret == -EAGAIN) {
+			ret = not_yet();
+			goto out;
 		}
-		goto out;
-	}
-	regs = (struct arm_smccc_1_2_regs) {
-		.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
-		.a3 = page_to_phys(page), .a4 = PAGE_SIZE,
-	};
-	ret = havmsi_vm_call(hv, &regs, NULL);
-	if (ret) {
-		xa_erase(&hv->pages, gfn);
-		unpin_user_page(page);
 		kvm_pr_limited("HA-VMSI VM %llu: PAGE_MAP of guest address %#llx failed (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = ret == -ENOMEM ? ret : -EFAULT;
 		goto out;
 	}
+	xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
 	if (hvcpu->folio == page_folio(page))
 		hvcpu->own++;
 	ret = 1;
