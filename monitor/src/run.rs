@@ -194,6 +194,18 @@ fn enter(
     let cntvoff = cntvoff_el2::read();
     // Accepted: from here on things change.
     locked.enter(idx)?;
+    let current = local.current.insert(Current {
+        world,
+        vm,
+        idx,
+        config: run.config,
+        context,
+        page,
+        used_lrs,
+        fp_loaded: false,
+        debug_loaded: false,
+    });
+    let context = &mut *current.context;
     if context.pending == Pending::Hypercall {
         let [x0, x1, ..] = context.frame.x;
         hypercall::answered(world, &mut locked, idx, [x0, x1], &mut answer);
@@ -244,19 +256,7 @@ fn enter(
         exception::inject(&mut context.frame, what, syndrome);
     }
     let frame = &raw mut context.frame;
-    let armed = context.el1.mdscr_el1 & MDSCR_ARMED != 0;
-    let current = local.current.insert(Current {
-        world,
-        vm,
-        idx,
-        config: run.config,
-        context,
-        page,
-        used_lrs,
-        fp_loaded: false,
-        debug_loaded: false,
-    });
-    if armed && !havmsi_core::left_out!(DebugState) {
+    if context.el1.mdscr_el1 & MDSCR_ARMED != 0 && !havmsi_core::left_out!(DebugState) {
         current.load_debug();
     }
     let last = &mut local.last[usize::from(slot.0)];
@@ -386,7 +386,9 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
                     // The PC is behind the call: back, until it is answered.
                     context.frame.elr = context.frame.elr.wrapping_sub(4);
                     let exit = exit::call(&pending, x[1]);
-                    context.pending = pending;
+                    if pending != Pending::Nothing {
+                        context.pending = Pending::Hypercall;
+                    }
                     return Some(exit);
                 }
             }
