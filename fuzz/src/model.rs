@@ -10,7 +10,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use havmsi_abi::Error::{self, Again, Busy, Denied, Invalid, NoMemory, State};
-use havmsi_abi::{Entry, EntryFlags, Exit, ExitClass, MAX_PAGES_PER_CALL, PAGE_SIZE};
+use havmsi_abi::{
+    Entry, EntryFlags, Exit, ExitClass, MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, PAGE_SIZE,
+};
 use sha2::{Digest as _, Sha256};
 
 /// A VM's handle.
@@ -364,8 +366,8 @@ impl Model {
         no
     }
 
-    /// POPULATE (`image`) and PAGE_MAP: a page comes in (I5, I7).
-    pub fn donate(&mut self, handle: Handle, ipa: u64, pa: u64, image: bool) -> Reasons {
+    /// POPULATE (`image`) and PAGE_MAP: pages come in (I5, I7), all or none.
+    pub fn donate(&mut self, handle: Handle, ipa: u64, pa: u64, size: u64, image: bool) -> Reasons {
         let (vm, mut no) = match self.vm(handle) {
             Ok(found) => found,
             Err(no) => return no,
@@ -373,26 +375,39 @@ impl Model {
         no.when(vm.phase != if image { Phase::Open } else { Phase::Active }, State);
         no.when(!is_page(ipa), Invalid);
         no.when(image && vm.image.last().is_some_and(|(last, _)| ipa <= *last), Invalid);
-        no.when(!vm.is_ram(ipa), Denied);
-        vm.place(ipa, &mut no);
-        self.hosts(pa, &mut no);
+        no.when(!is_page(size) || size / PAGE_SIZE > MAX_PAGES_PER_MAP || size == 0, Invalid);
+        if no.0.contains(&(Invalid, 0)) {
+            return no;
+        }
+        // What lies in one range of RAM and has one table.
+        no.when(ipa >> 21 != ipa.saturating_add(size - 1) >> 21, Invalid);
+        let whole = |(base, bytes): &(u64, u64)| {
+            ipa >= *base && size <= *bytes && ipa - base <= bytes - size
+        };
+        no.when(!vm.ram.iter().any(whole), Denied);
+        let pages = (0..size).step_by(PAGE_SIZE as usize);
+        let pages = pages.map(|at| (ipa.wrapping_add(at), pa.wrapping_add(at)));
+        pages.clone().for_each(|(ipa, _)| vm.place(ipa, &mut no));
+        pages.clone().for_each(|(_, pa)| self.hosts(pa, &mut no));
         if !no.none() {
-            // A lack of tables is told only about a page that could come.
-            if no.0.len() > 1 {
+            // A lack of tables is told only about pages that could come.
+            if no.0.iter().any(|(error, _)| *error != NoMemory) {
                 no.0.retain(|(error, _)| *error != NoMemory);
             }
             return no;
         }
-        let content = self.content(pa);
-        if !image {
-            self.wipe(pa);
-        }
-        self.own(pa, Owner::Private(handle));
-        let (vm, _) = self.vm(handle).expect("it is there");
-        vm.add_tables(ipa);
-        vm.private.insert(ipa, pa);
-        if image {
-            vm.image.push((ipa, content));
+        for (ipa, pa) in pages {
+            let content = self.content(pa);
+            if !image {
+                self.wipe(pa);
+            }
+            self.own(pa, Owner::Private(handle));
+            let (vm, _) = self.vm(handle).expect("it is there");
+            vm.add_tables(ipa);
+            vm.private.insert(ipa, pa);
+            if image {
+                vm.image.push((ipa, content));
+            }
         }
         no
     }

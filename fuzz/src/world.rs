@@ -4,7 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use havmsi_abi::{Entry, EntryFlags, Error, Exit, ExitClass, PAGE_SIZE, WORDS_ENTRY};
+use havmsi_abi::{
+    Entry, EntryFlags, Error, Exit, ExitClass, MAX_PAGES_PER_MAP, PAGE_SIZE, WORDS_ENTRY,
+};
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::exit::{self, Action, Answer, Injection, Pending, Syndrome};
 use havmsi_core::fake::{self, BANK2, BASE, CARVEOUT, FakeMachine, UART, host_page, root};
@@ -34,6 +36,10 @@ const GICV: u64 = 0x804_0000;
 const SECRET: u64 = 1 << 63;
 
 const RAM: u64 = 0x8000_0000;
+/// 2 MiB of the host's that can be a block.
+const BLOCK: u64 = BANK2 + (2 << 20);
+/// Bytes that PAGE_MAP takes at most.
+const MOST: u64 = MAX_PAGES_PER_MAP * PAGE_SIZE;
 const RANGES: [(u64, u64); 12] = [
     (RAM, 0x4020_0000),
     (0x1_0000_0000, 0x1000),
@@ -83,7 +89,7 @@ fn some_page(a: u8) -> u64 {
         BASE + CARVEOUT - 0x1000,
         BASE + (6 << 20),
         BANK2 - 0x1000,
-        BANK2 + (2 << 20),
+        BANK2 + (4 << 20),
         UART,
         0,
         BASE + CARVEOUT + 8,
@@ -256,7 +262,7 @@ impl<'a> World<'a> {
             4 => {
                 let (ipa, pa) = (place(a), some_page(b));
                 let result = self.on(handle, |vm, m| vm.populate(m, ipa, pa, &mut [0; 4096]));
-                let no = self.model.donate(handle, ipa, pa, true);
+                let no = self.model.donate(handle, ipa, pa, PAGE_SIZE, true);
                 Self::same("VM_POPULATE", &result, &no);
             }
             5 => {
@@ -268,9 +274,17 @@ impl<'a> World<'a> {
             }
             6 => self.enter(handle, idx, [b, c, d, e]),
             7 => {
-                let (ipa, pa) = (place(a), some_page(b));
-                let result = self.on(handle, |vm, m| vm.map_page(m, ipa, pa));
-                Self::same("PAGE_MAP", &result, &self.model.donate(handle, ipa, pa, false));
+                // One page, some, or a part of a block.
+                let part = u64::from(b % 4) * MOST;
+                let (ipa, pa, size) = match c {
+                    ..176 => (place(a), some_page(b), PAGE_SIZE),
+                    176..208 => (place(a), some_page(b), u64::from(d) * PAGE_SIZE),
+                    208..212 => (place(a), some_page(b), PAGE_SIZE + u64::from(d)),
+                    _ => (RAM + 0x20_0000 * u64::from(a % 3) + part, BLOCK + part, MOST),
+                };
+                let result = self.on(handle, |vm, m| vm.map_pages(m, ipa, pa, size));
+                let no = self.model.donate(handle, ipa, pa, size, false);
+                Self::same("PAGE_MAP", &result, &no);
             }
             8 => {
                 let (ipa, n) = (place(a), u64::from(b % 40));
@@ -516,7 +530,10 @@ impl<'a> World<'a> {
             if !entry.is_valid() {
                 return None;
             }
-            assert!(!entry.is_block());
+            if entry.is_block() {
+                let page = entry.address().offset(ipa & 0x1f_f000);
+                return Some(Leaf::page(page, Attributes::Memory));
+            }
             table = entry.address();
         }
         Some(Leaf(self.m.hw.peek(table, (ipa >> 12 & 511) as usize))).filter(|e| e.is_valid())

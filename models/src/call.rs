@@ -221,12 +221,12 @@ pub enum Stop {
     Copy(Pa),
     /// All instruction caches forget.
     InvalidateIcache,
-    /// The host's TLBs forget an address.
-    InvalidateHost(Ipa),
-    /// The SMMU forgets an address.
-    InvalidateDevices(Ipa),
-    /// A VM's TLBs forget an address: `VTTBR_EL2`, address.
-    InvalidateGuest(u64, Ipa),
+    /// The host's TLBs forget so many bytes from an address on.
+    InvalidateHost(Ipa, u64),
+    /// The SMMU forgets them.
+    InvalidateDevices(Ipa, u64),
+    /// A VM's TLBs forget them: `VTTBR_EL2`, address, size.
+    InvalidateGuest(u64, Ipa, u64),
     /// A VM's TLBs forget all.
     InvalidateGuestAll(u64),
 }
@@ -621,16 +621,16 @@ impl Hardware for Bench {
         self.stop(Stop::InvalidateIcache);
     }
 
-    fn invalidate_host(&self, ipa: Ipa) {
-        self.stop(Stop::InvalidateHost(ipa));
+    fn invalidate_host(&self, ipa: Ipa, size: u64) {
+        self.stop(Stop::InvalidateHost(ipa, size));
     }
 
-    fn invalidate_devices(&self, ipa: Ipa) {
-        self.stop(Stop::InvalidateDevices(ipa));
+    fn invalidate_devices(&self, ipa: Ipa, size: u64) {
+        self.stop(Stop::InvalidateDevices(ipa, size));
     }
 
-    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa) {
-        self.stop(Stop::InvalidateGuest(vttbr, ipa));
+    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa, size: u64) {
+        self.stop(Stop::InvalidateGuest(vttbr, ipa, size));
         self.stop(Stop::Done);
     }
 

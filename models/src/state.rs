@@ -336,11 +336,11 @@ impl State {
                 call.copied = self.memory.get(k.trees().boot(), word(pa, DATA));
             }
             Stop::InvalidateIcache => self.code = 0,
-            Stop::InvalidateHost(ipa) => self.forget(ipa, World::Host),
-            Stop::InvalidateDevices(ipa) => self.forget(ipa, World::Devices),
-            Stop::InvalidateGuest(vttbr, ipa) => {
+            Stop::InvalidateHost(ipa, size) => self.forget(ipa, size, World::Host),
+            Stop::InvalidateDevices(ipa, size) => self.forget(ipa, size, World::Devices),
+            Stop::InvalidateGuest(vttbr, ipa, size) => {
                 if let Some(vm) = k.trees().vm_of(vttbr) {
-                    self.forget(ipa, World::Vm(vm));
+                    self.forget(ipa, size, World::Vm(vm));
                 }
             }
             Stop::InvalidateGuestAll(vttbr) => {
@@ -355,9 +355,9 @@ impl State {
         }
     }
 
-    fn forget(&mut self, ipa: Ipa, world: World) {
+    fn forget(&mut self, Ipa(ipa): Ipa, size: u64, world: World) {
         let hit = |stale: &Stale| {
-            stale.world == world && stale.ipa <= ipa.0 && ipa.0 - stale.ipa < stale.size
+            stale.world == world && stale.ipa < ipa + size && ipa < stale.ipa + stale.size
         };
         if self.stale.iter().any(hit) {
             Arc::make_mut(&mut self.stale).retain(|stale| !hit(stale));
@@ -409,8 +409,8 @@ impl State {
                         format!("no break before make at {ipa:#x} of {:?}", place.world)
                     });
                 }
-                if vm.is_none() && place.is_table(old) {
-                    self.break_promise(Broken::I3, || format!("a host's table goes: {ipa:#x}"));
+                if place.world == World::Devices && place.is_table(old) {
+                    self.break_promise(Broken::I3, || format!("a devices' table goes: {ipa:#x}"));
                 }
                 if cached {
                     let stale = Arc::make_mut(&mut self.stale);

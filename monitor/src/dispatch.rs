@@ -86,8 +86,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
             let offset = if a1 == 0 { 0 } else { with_vm(a1, |vm| Ok::<_, Error>(vm.cntvoff()))? };
             cntvoff_el2::write(offset);
         }
-        Function::PageMap if a4 != havmsi_abi::PAGE_SIZE => return Err(Error::Invalid.into()),
-        Function::PageMap => with_vm(a1, |vm| vm.map_page(world, a2, a3))?,
+        Function::PageMap => with_vm(a1, |vm| vm.map_pages(world, a2, a3, a4))?,
         Function::PageUnmap => {
             with_vm(a1, |vm| vm.unmap_pages(world, a2, a3))?;
             return Ok([a3, 0, 0, 0, 0, 0]);

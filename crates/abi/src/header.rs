@@ -6,7 +6,7 @@ use core::fmt::{Result, Write};
 
 use crate::{
     ENTRY_OFFSET, EXIT_OFFSET, EntryFlags, Error, ExitClass, Function, MAX_IPA_BITS, MAX_LRS,
-    MAX_PAGES_PER_CALL, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, MIN_IPA_BITS, SUCCESS, UID, UID_CALL,
+    MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, MIN_IPA_BITS, SUCCESS, UID, UID_CALL,
     VERSION_MAJOR, VERSION_MINOR, WORDS_ENTRY,
 };
 
@@ -38,6 +38,7 @@ pub fn write(out: &mut impl Write) -> Result {
     }
     writeln!(out)?;
     define(out, "MAX_PAGES_PER_CALL", MAX_PAGES_PER_CALL)?;
+    define(out, "MAX_PAGES_PER_MAP", MAX_PAGES_PER_MAP)?;
     define(out, "MAX_RAM_RANGES", MAX_RAM_RANGES as u64)?;
     define(out, "MAX_VCPUS_PER_VM", MAX_VCPUS_PER_VM as u64)?;
     define(out, "MIN_IPA_BITS", MIN_IPA_BITS)?;

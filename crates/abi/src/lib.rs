@@ -49,8 +49,10 @@ pub const MAX_VCPUS: usize = 512;
 pub const MAX_VCPUS_PER_VM: usize = 64;
 /// RAM ranges of one VM.
 pub const MAX_RAM_RANGES: usize = 8;
-/// Pages that one call may name.
+/// Pages that one call may name, PAGE_MAP excepted.
 pub const MAX_PAGES_PER_CALL: u64 = 32;
+/// Pages that one PAGE_MAP may name: interrupts are off until all are wiped.
+pub const MAX_PAGES_PER_MAP: u64 = 128;
 /// Bits of the largest guest physical address space.
 pub const MAX_IPA_BITS: u64 = 40;
 /// Bits of the smallest guest physical address space.
@@ -96,7 +98,7 @@ functions! {
     VcpuRun = 9,
     /// `vm or 0`: loads CNTVOFF_EL2 for the host's use.
     TimerLoad = 10,
-    /// `vm, ipa, pa, size`: donates a page; its content is zeroed.
+    /// `vm, ipa, pa, size`: donates pages; their content is zeroed.
     PageMap = 11,
     /// `vm, ipa, n -> done`: pages come back to the host, wiped.
     PageUnmap = 12,

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::vec::Vec;
 use std::{format, vec};
 
-use havmsi_abi::{Error, PAGE_SIZE};
+use havmsi_abi::{Error, MAX_PAGES_PER_MAP, PAGE_SIZE};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
 
@@ -18,12 +18,16 @@ use crate::guest_map::MapError;
 use crate::hypercall;
 use crate::launch::{Boot, Config};
 use crate::page::{Owner, VmSlot};
-use crate::stage2::{Attributes, Entry, level1_index, level2_index, level3_index, vttbr};
+use crate::stage2::{
+    Attributes, Entry, LEVEL2_SIZE, level1_index, level2_index, level3_index, vttbr,
+};
 use crate::vm::Vm;
 use crate::vm::tests::{Snapshot, check};
 
 const RAM: u64 = 0x8000_0000;
 const RAM_SIZE: u64 = 0x4020_0000;
+/// 2 MiB of the host's that can be a block.
+const BLOCK: u64 = BANK2 + LEVEL2_SIZE;
 const HIGH: u64 = 0x1_0000_0000;
 const GICV: u64 = 0x804_0000;
 /// Addresses that the host tries for a guest's page.
@@ -60,7 +64,7 @@ fn page(n: u64) -> Pa {
         BASE + CARVEOUT - 0x1000,
         BASE + (6 << 20),
         BANK2 - 0x1000,
-        BANK2 + (2 << 20),
+        BANK2 + (4 << 20),
         UART,
         0,
         BASE + CARVEOUT + 8,
@@ -80,6 +84,8 @@ enum Op {
     Enter(u64),
     Leave(u64),
     Map(u64, u64),
+    /// Pages in a row: IPA, address, number.
+    MapRun(u64, u64, u64),
     Unmap(u64, u64),
     MapDevice(u64),
     Pool(u64, u64),
@@ -132,6 +138,13 @@ fn step() -> impl Strategy<Value = Step> {
         3 => vcpu().prop_map(Op::Enter),
         3 => vcpu().prop_map(Op::Leave),
         9 => (ipa(), any_page()).prop_map(|(ipa, page)| Op::Map(ipa, page)),
+        // A quarter of a block.
+        4 => (0..3_u64, 0..4_u64).prop_map(|(block, part)| {
+            let at = part * MAX_PAGES_PER_MAP * PAGE_SIZE;
+            Op::MapRun(RAM + block * LEVEL2_SIZE + at, BLOCK + at, MAX_PAGES_PER_MAP)
+        }),
+        2 => (ipa(), any_page(), 0..6_u64).prop_map(|(ipa, at, n)| Op::MapRun(ipa, page(at).0, n)),
+        1 => (ipa(), 127..131_u64).prop_map(|(ipa, n)| Op::MapRun(ipa, BLOCK, n)),
         4 => (ipa(), 0..35_u64).prop_map(|(ipa, n)| Op::Unmap(ipa, n)),
         1 => (0x801_0000..0x801_2001_u64).prop_map(|ipa| Op::MapDevice(ipa & !0x7ff)),
         2 => (any_page(), 0..6_u64).prop_map(|(page, n)| Op::Pool(page, n)),
@@ -141,8 +154,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (ipa(), 0..WORDS, any::<u64>()).prop_map(|(i, w, v)| Op::GuestWrite(i, w, v)),
         1 => (vcpu(), functions, 0..4_u64)
             .prop_map(|(idx, f, target)| Op::GuestCall(idx, [f, target, 0, 0])),
-        9 => few().prop_map(Op::Share),
-        9 => few().prop_map(Op::Unshare),
+        12 => few().prop_map(Op::Share),
+        12 => few().prop_map(Op::Unshare),
         1 => (vcpu(), 0..2_u64).prop_map(|(idx, result)| Op::Answer(idx, result)),
     ];
     (0..2_usize, prop::option::weighted(0.1, 0..POOL), op)
@@ -203,6 +216,9 @@ impl<'a> World<'a> {
             if !entry.is_valid() {
                 return None;
             }
+            if entry.is_block() {
+                return Some(entry.address().offset(Ipa(ipa).page().0 % LEVEL2_SIZE));
+            }
             table = entry.address();
         }
         let entry = Entry(self.m.hw.peek(table, level3_index(Ipa(ipa))));
@@ -239,6 +255,7 @@ impl<'a> World<'a> {
                 Ok(())
             }
             Op::Map(ipa, at) => vm.map_page(m, ipa, page(at).0),
+            Op::MapRun(ipa, pa, n) => vm.map_pages(m, ipa, pa, n * PAGE_SIZE),
             Op::Unmap(ipa, count) => vm.unmap_pages(m, ipa, count).map_err(plain),
             Op::MapDevice(ipa) => vm.map_device(m, ipa, Pa(GICV)),
             Op::Pool(at, count) => vm.donate_pool(m, page(at).0, count).map_err(plain),
@@ -299,7 +316,8 @@ impl<'a> World<'a> {
             // No call is long.
             let events = m.hw.take_events();
             let wiped = events.iter().filter(|e| matches!(e, Event::Zero(_))).count();
-            prop_assert!(wiped <= 32 && events.len() < 8 * 1024);
+            // And a table, when a block is made.
+            prop_assert!(wiped as u64 <= MAX_PAGES_PER_MAP + 1 && events.len() < 8 * 1024);
         }
         // Only these take pages from a guest.
         if result.is_ok() || step {
@@ -319,6 +337,10 @@ impl<'a> World<'a> {
                 // I7: zero, or what was measured.
                 Op::Map(ipa, _) => {
                     self.memory.insert((*n, ipa), [0; WORDS]);
+                }
+                Op::MapRun(ipa, _, count) => {
+                    let places = (0..count).map(|i| (*n, ipa + i * PAGE_SIZE));
+                    self.memory.extend(places.map(|place| (place, [0; WORDS])));
                 }
                 Op::Populate(ipa, at) => {
                     self.memory.insert((*n, ipa), contents[crate::addr::index(at)]);
@@ -358,12 +380,21 @@ impl<'a> World<'a> {
         Ok(())
     }
 
+    /// If the first VM is active, it has a block.
+    fn map_block(&mut self) -> TestCaseResult {
+        (0..4).try_for_each(|part| {
+            let at = part * MAX_PAGES_PER_MAP * PAGE_SIZE;
+            let ipa = RAM + LEVEL2_SIZE + at;
+            self.step(&(0, None, Op::MapRun(ipa, BLOCK + at, MAX_PAGES_PER_MAP)))
+        })
+    }
+
     fn end(&mut self) -> TestCaseResult {
         for n in 0..2 {
             for idx in 0..4 {
                 self.step(&(n, None, Op::Leave(idx)))?;
             }
-            for _ in 0..20 {
+            for _ in 0..60 {
                 if self.vms[n].exists() {
                     self.step(&(n, None, Op::Destroy))?;
                 }
@@ -387,6 +418,7 @@ proptest! {
     #[test]
     fn no_call_breaks_an_invariant(
         stages in [0..3_u8, 0..3_u8],
+        block in any::<bool>(),
         steps in prop::collection::vec(step(), 1..80),
     ) {
         let records = records();
@@ -397,6 +429,9 @@ proptest! {
             prepare(&m, vm, n, stage);
         }
         let mut world = World::new(&m, vms);
+        if block {
+            world.map_block()?;
+        }
         for step in &steps {
             world.step(step)?;
         }
@@ -420,6 +455,9 @@ fn hostile_steps_get_somewhere() {
         prepare(&m, &mut vms[0], 0, 2);
         prepare(&m, &mut vms[1], 1, 1);
         let mut world = World::new(&m, vms);
+        world.map_block().unwrap();
+        let level2 = Entry(m.hw.peek(root(slot(0)), level1_index(Ipa(RAM)))).address();
+        assert!(Entry(m.hw.peek(level2, 1)).is_block());
         for _ in 0..60 {
             let (n, _, op) = step().new_tree(&mut runner).unwrap().current();
             let state = |world: &World<'_>| (world.memory.len(), m.pages.census().shared);
@@ -431,7 +469,7 @@ fn hostile_steps_get_somewhere() {
             }
         }
     }
-    for name in ["Map", "Populate", "Unmap", "Share", "Unshare"] {
+    for name in ["Map", "MapRun", "Populate", "Unmap", "Share", "Unshare"] {
         let n = done.get(&Some(name.into())).copied().unwrap_or(0);
         assert!(cfg!(miri) || n >= 5, "{name} changed a map {n} times");
     }

@@ -10,7 +10,9 @@
 //!  └── destroy (Destroying) ◄───────────┘
 //! ```
 
-use havmsi_abi::{Error, MAX_PAGES_PER_CALL, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, PAGE_SIZE};
+use havmsi_abi::{
+    Error, MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, PAGE_SIZE,
+};
 
 use crate::addr::{Ipa, Pa, index};
 use crate::guest_map::{GuestMap, MapError};
@@ -20,7 +22,7 @@ use crate::launch::{Boot, Config, Digest, Launch};
 use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::psci::{self, Power};
 use crate::ram::Range;
-use crate::stage2::{Attributes, Entry};
+use crate::stage2::Attributes;
 use crate::vgic::{SentSgis, Sgi, bits};
 
 /// What a VM's transitions work on.
@@ -244,7 +246,11 @@ impl Vm {
 
     /// Whether the page at `ipa` is declared RAM.
     pub fn is_ram(&self, ipa: Ipa) -> bool {
-        self.ram.iter().take_while(|r| r.size != 0).any(|r| r.contains(ipa.0, PAGE_SIZE))
+        self.in_ram(ipa, PAGE_SIZE)
+    }
+
+    pub(crate) fn in_ram(&self, ipa: Ipa, size: u64) -> bool {
+        self.ram.iter().take_while(|r| r.size != 0).any(|r| r.contains(ipa.0, size))
     }
 
     /// Whether the page at `ipa` is RAM, or a device's that the host may emulate; `None`
@@ -329,18 +335,24 @@ impl Vm {
         Ok(())
     }
 
-    /// Takes the host's page `pa`, if it can go to `ipa`; nothing shows it any
-    /// more. Whose page it is comes first, before a lack of tables is told.
-    fn take_for(&self, m: &impl Machine, ipa: Ipa, pa: Pa) -> Result<Page<Isolated>, MapError> {
+    /// Takes `size` bytes of the host's from `pa` on, if they can go to `ipa`; nothing
+    /// shows them any more. Whose they are comes first, before a lack of tables is told.
+    fn take_for(
+        &self,
+        m: &impl Machine,
+        ipa: Ipa,
+        pa: Pa,
+        size: u64,
+    ) -> Result<Page<Isolated>, MapError> {
         if !ipa.is_page() {
             return Err(Error::Invalid.into());
         }
-        if !self.is_ram(ipa) && !left_out!(DeclaredRam) {
+        if !self.in_ram(ipa, size) && !left_out!(DeclaredRam) {
             return Err(Error::Denied.into());
         }
         left_out!(OwnerLate => return self.take_late(m, pa));
-        let page = m.pages().claim(pa, Owner::Host)?;
-        if let Err(error) = self.map.check(m.hw(), ipa) {
+        let page = m.pages().claim_run(pa, size / PAGE_SIZE, Owner::Host)?;
+        if let Err(error) = self.map.check(m.hw(), ipa, size) {
             m.pages().unclaim(page);
             return Err(error);
         }
@@ -358,7 +370,7 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::State`] after activation, [`Error::Invalid`] out of order,
-    /// otherwise as [`Self::map_page`].
+    /// otherwise as [`Self::map_pages`].
     pub fn populate(
         &mut self,
         m: &impl Machine,
@@ -369,7 +381,7 @@ impl Vm {
         self.in_phase(Phase::Open)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         self.launch.check(ipa)?;
-        let page = self.take_for(m, ipa, pa)?.measure(m.hw(), buffer);
+        let page = self.take_for(m, ipa, pa, PAGE_SIZE)?.measure(m.hw(), buffer);
         self.launch.add_page(ipa, buffer);
         self.map.map(m, ipa, page)
     }
@@ -399,17 +411,34 @@ impl Vm {
         Ok(digest)
     }
 
-    /// Donates a page; the guest sees zeros (I7).
+    /// Donates `size` bytes, all or none; the guest sees zeros (I7).
     ///
     /// # Errors
     /// [`Error::State`] before activation, [`Error::Invalid`] for a malformed
-    /// address, [`Error::Denied`] if `ipa` is not RAM or mapped, or the page not
-    /// the host's; [`MapError::Tables`] if the pool is short.
-    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapError> {
+    /// address or size, [`Error::Denied`] if at `ipa` is no RAM or something mapped, or a
+    /// page is not the host's; [`MapError::Tables`] if the pool is short.
+    pub fn map_pages(
+        &mut self,
+        m: &impl Machine,
+        ipa: u64,
+        pa: u64,
+        size: u64,
+    ) -> Result<(), MapError> {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
-        let page = self.take_for(m, ipa, pa)?.scrub(m.hw());
+        let most = MAX_PAGES_PER_MAP * PAGE_SIZE;
+        if size == 0 || size > most || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(Error::Invalid.into());
+        }
+        let page = self.take_for(m, ipa, pa, size)?.scrub(m.hw());
         self.map.map(m, ipa, page)
+    }
+
+    /// The same with one page.
+    #[cfg(any(test, feature = "fake"))]
+    #[expect(clippy::missing_errors_doc, reason = "those of `map_pages`")]
+    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapError> {
+        self.map_pages(m, ipa, pa, PAGE_SIZE)
     }
 
     /// The page at `ipa`, if the record says `owner`.
@@ -418,8 +447,7 @@ impl Vm {
         if !ipa.is_page() || !self.is_ram(ipa) {
             return Err(Error::Invalid);
         }
-        let leaf = self.map.entry(m.hw(), ipa).filter(|leaf| leaf.is_valid());
-        m.pages().claim(leaf.ok_or(Error::Again)?.address(), owner)
+        m.pages().claim(self.map.page(m.hw(), ipa).ok_or(Error::Again)?, owner)
     }
 
     /// The guest shares its page at `ipa` with the host, content and all.
@@ -457,7 +485,7 @@ impl Vm {
         if self.is_ram(ipa) && !left_out!(DeviceInRam) || self.config.gic != 2 {
             return Err(Error::Denied.into());
         }
-        self.map.insert(m.hw(), ipa, Entry::page(pa, Attributes::Device))?;
+        self.map.insert(m.hw(), ipa, (pa, PAGE_SIZE), Attributes::Device)?;
         let Range { base, size } = self.devices;
         let (first, end) = if size == 0 { (ipa.0, ipa.0) } else { (base, base + size) };
         let first = first.min(ipa.0);
@@ -510,27 +538,7 @@ impl Vm {
             return Err(Error::Invalid);
         }
         self.in_use()?;
-        self.donate_pages(m, first, n)
-    }
-
-    /// The step of [`Self::donate_pool`] for the first page: all of them are
-    /// claimed before one is taken. As deep as [`MAX_PAGES_PER_CALL`].
-    fn donate_pages(&mut self, m: &impl Machine, at: Pa, n: u64) -> Result<(), Error> {
-        if n == 0 {
-            return Ok(());
-        }
-        let page = m.pages().claim(at, Owner::Host);
-        #[cfg(feature = "leave-out")]
-        let page = if left_out!(EveryPage) {
-            page.or_else(|error| m.pages().claim_from_anyone(at, Owner::Host).ok_or(error))
-        } else {
-            page
-        };
-        let page = page?;
-        if let Err(error) = self.donate_pages(m, at.offset(PAGE_SIZE), n - 1) {
-            m.pages().unclaim(page);
-            return Err(error);
-        }
+        let page = m.pages().claim_run(first, n, Owner::Host)?;
         let page = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
         self.map.add_to_pool(m, page.scrub(m.hw()));
         Ok(())

@@ -18,11 +18,9 @@ fn line_size() -> usize {
 /// off, or one with other attributes, sees memory as it is.
 pub fn clean_invalidate(at: usize, size: usize) {
     let line = line_size();
-    let mut address = at & !(line - 1);
-    while address < at + size {
+    for address in (at & !(line - 1)..at + size).step_by(line) {
         // SAFETY: cleaning writes back what was stored; it changes no value.
         unsafe { asm!("dc civac, {}", in(reg) address, options(nostack, preserves_flags)) }
-        address += line;
     }
     barrier::dsb_sy();
 }

@@ -161,7 +161,7 @@ fn map_bad() -> Outcome {
     for (args, why) in [
         ([FREE, page, 0], INVALID),
         ([FREE, page, 4095], INVALID),
-        ([FREE, page, 8192], INVALID),
+        ([FREE, page, 8191], INVALID),
         ([FREE, page, 2 << 20], INVALID),
         ([FREE, page, u64::MAX], INVALID),
         ([FREE + 1, page, 4096], INVALID),

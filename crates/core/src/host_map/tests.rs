@@ -133,9 +133,9 @@ impl Hardware for Nowhere {
     fn zero_page(&self, _page: Pa) {}
     fn flush_page(&self, _page: Pa) {}
     fn invalidate_icache(&self) {}
-    fn invalidate_host(&self, _ipa: Ipa) {}
-    fn invalidate_devices(&self, _ipa: Ipa) {}
-    fn invalidate_guest(&self, _vttbr: u64, _ipa: Ipa) {}
+    fn invalidate_host(&self, _ipa: Ipa, _size: u64) {}
+    fn invalidate_devices(&self, _ipa: Ipa, _size: u64) {}
+    fn invalidate_guest(&self, _vttbr: u64, _ipa: Ipa, _size: u64) {}
     fn invalidate_guest_all(&self, _vttbr: u64) {}
 }
 
@@ -332,11 +332,15 @@ fn splitting_changes_no_other_page() {
         identical(&hw, &map, range(BASE + 2 * GIB - 4 * MIB, 4 * MIB), &[]);
     }
     assert_eq!(hw.stale(), vec![]);
-    // Back again: the blocks stay split, the pages are the host's.
-    let page = pages.claim(Pa(a), Owner::Private(VmSlot(0))).unwrap();
-    map.show(&hw, &pages, page.isolated().scrub(&hw), Owner::Host);
-    assert_eq!(pages.owner(Pa(a)), Some(Owner::Host));
-    identical(&hw, &map, around, &[b]);
+    // Back again: the last one joins the blocks.
+    for (at, hidden, levels) in [(a, vec![b], 3), (b, vec![], 1)] {
+        let page = pages.claim(Pa(at), Owner::Private(VmSlot(0))).unwrap();
+        map.show(&hw, &pages, page.isolated().scrub(&hw), Owner::Host);
+        assert_eq!(pages.owner(Pa(at)), Some(Owner::Host));
+        identical(&hw, &map, around, &hidden);
+        assert_eq!(walk(&hw, &map, at).len(), levels);
+    }
+    assert_eq!(hw.stale(), vec![]);
 }
 
 #[test]
@@ -354,8 +358,8 @@ fn every_change_breaks_before_it_makes() {
     let page = pages.claim(pa, Owner::Host).unwrap();
     let page = map.hide(&hw, &pages, page).unwrap();
     let events = hw.take_events();
-    let gone = Event::InvalidateHost(Ipa(pa.0));
-    let gone_for_devices = Event::InvalidateDevices(Ipa(pa.0));
+    let gone = Event::InvalidateHost(Ipa(pa.0), PAGE_SIZE);
+    let gone_for_devices = Event::InvalidateDevices(Ipa(pa.0), PAGE_SIZE);
     let split = |table, slot: usize, to: Entry| {
         vec![Event::Write(table, slot, 0), gone, Event::Write(table, slot, to.0)]
     };
@@ -374,13 +378,68 @@ fn every_change_breaks_before_it_makes() {
     map.show(&hw, &pages, page, Owner::Host);
     let own_again = Event::Write(level3, 3, own.0);
     let broken = Event::Write(level3, 3, 0);
-    assert_eq!(hw.take_events(), vec![broken, gone, gone_for_devices, own_again]);
-    // A page that nobody looked at comes back without one.
+    let events = hw.take_events();
+    assert_eq!(events[..4], vec![broken, gone, gone_for_devices, own_again]);
+    // It was the last one: blocks again, which is none of the devices' business.
+    let join = |table, slot: usize, size: u64| {
+        let block = Pa(BASE + GIB);
+        let gone = Event::InvalidateHost(Ipa(block.0), size);
+        let made = Event::Write(table, slot, Entry::block(block, Attributes::Memory).0);
+        vec![Event::Write(table, slot, 0), gone, made]
+    };
+    assert_eq!(events[4..7], join(level2, 0, 2 * MIB));
+    assert_eq!(events[7..], join(root, 2, GIB));
+    // A page that nobody looked at comes back without one; shared, it is part of no block.
     let page = pages.claim(pa, Owner::Host).unwrap();
     let page = map.hide(&hw, &pages, page).unwrap().scrub(&hw);
     hw.take_events();
-    map.show(&hw, &pages, page, Owner::Host);
+    map.show(&hw, &pages, page, Owner::Shared(VmSlot(0)));
     assert_eq!(hw.take_events(), vec![own_again]);
+}
+
+#[test]
+fn a_run_of_pages_goes_at_once() {
+    let hw = FakeHardware::default();
+    let ram = one_bank(2 * GIB);
+    let mut map = build(&hw, ram, &[]).unwrap();
+    let vttbr = map.root().0;
+    hw.watch(vttbr);
+    hw.load(vttbr);
+    hw.watch_devices(map.devices_root());
+    let records: Vec<_> = (0..ram.page_count()).map(|_| AtomicU16::new(0)).collect();
+    let pages = Pages::new(ram, &records).unwrap();
+    // On both sides of a block's end, and of a GiB's.
+    for first in [BASE + 8 * MIB - 3 * PAGE_SIZE, BASE + GIB - 3 * PAGE_SIZE] {
+        let run: Vec<_> = (0..7).map(|n| first + n * PAGE_SIZE).collect();
+        run.iter().for_each(|at| pages.give_to_host(Pa(*at)));
+        hw.take_events();
+        let page = pages.claim_run(Pa(first), 7, Owner::Host).unwrap();
+        let page = map.hide(&hw, &pages, page).unwrap();
+        let events = hw.take_events();
+        let gone = [
+            Event::InvalidateHost(Ipa(first), 7 * PAGE_SIZE),
+            Event::InvalidateDevices(Ipa(first), 7 * PAGE_SIZE),
+        ];
+        assert_eq!(events[events.len() - 2..], gone);
+        let devices = events.iter().filter(|e| matches!(e, Event::InvalidateDevices(..)));
+        assert_eq!(devices.count(), 1);
+        assert_eq!(hw.stale(), vec![]);
+        for at in &run {
+            assert_eq!(walk(&hw, &map, *at)[2], Entry::HIDDEN);
+            assert_eq!(devices_walk(&hw, &map, *at)[2], Entry::HIDDEN);
+        }
+        let around = range(first / (2 * MIB) * 2 * MIB, 4 * MIB);
+        identical(&hw, &map, around, &run);
+        // The host looks at one.
+        assert_eq!(map.resolve(&hw, Ipa(run[5]), false, false), Resolution::Retry);
+        map.show(&hw, &pages, page.scrub(&hw), Owner::Host);
+        assert_eq!(hw.stale(), vec![]);
+        identical(&hw, &map, around, &[]);
+        for at in &run {
+            assert_eq!(pages.owner(Pa(*at)), Some(Owner::Host));
+            assert!(walk(&hw, &map, *at).len() < 3);
+        }
+    }
 }
 
 #[test]
@@ -399,7 +458,7 @@ fn pages_of_both_banks_go_and_come_back() {
         }
         let page = page.scrub(&m.hw);
         m.with_host_map(|map| map.show(&m.hw, &m.pages, page, Owner::Host));
-        assert_eq!(m.host_leaf(pa), Some(Entry::page(pa, Attributes::Memory)));
+        assert!(m.host_has(pa));
         assert_eq!(m.pages.owner(pa), Some(Owner::Host));
     }
     assert_eq!(m.host_leaf(Pa(BASE + CARVEOUT - 1)), None);

@@ -111,6 +111,65 @@ static DEFINE_XARRAY(held);	/* Pages of all VMs, by pfn. */
 /* Given to the VM or taken back by it right now. */
 #define MOVING	xa_mk_value(2)
 
+/* Pages that are being given right now: those are HELD already. */
+struct giving {
+	struct list_head list;
+	unsigned long pfn, nr;
+};
+static LIST_HEAD(givings);	/* The lock of @held protects it. */
+
+static bool is_being_given(unsigned long pfn)
+{
+	struct giving *g;
+
+	list_for_each_entry(g, &givings, list)
+		if (pfn - g->pfn < g->nr)
+			return true;
+	return false;
+}
+
+/*
+ * Fills @nr places that are empty, but that at @but may be taken, with @first and
+ * what follows that, or with @first. Adds @g to its list with the first one. Leaves
+ * all as it is if one is taken (-EBUSY) or there is no memory.
+ */
+static int fill_places(struct xarray *xa, unsigned long at, unsigned long nr,
+		       unsigned long but, void *first, struct giving *g)
+{
+	XA_STATE(xas, xa, at);
+	unsigned long i = 0;
+	void *entry;
+
+	do {
+		xas_lock(&xas);
+		if (!i) {
+			xas_for_each(&xas, entry, at + nr - 1) {
+				if (xas.xa_index == but)
+					continue;
+				xas_unlock(&xas);
+				return -EBUSY;
+			}
+			xas_set(&xas, at);
+			if (g && list_empty(&g->list))
+				list_add(&g->list, &givings);
+		}
+		for (; i < nr; i++) {
+			xas_store(&xas, xa_is_value(first) ? first :
+				  (struct page *)first + i);
+			if (xas_error(&xas))
+				break;
+			xas_next(&xas);
+		}
+		xas_unlock(&xas);
+	} while (xas_nomem(&xas, GFP_KERNEL));
+	if (!xas_error(&xas))
+		return 0;
+	while (i--)
+		if (at + i != but)
+			xa_erase(xa, at + i);
+	return xas_error(&xas);
+}
+
 /* There is something already, so nothing is allocated. */
 static void hold(struct page *page, void *state)
 {
@@ -159,7 +218,8 @@ static bool may_be_pinned(struct page *page)
 	/* A store of ours must not meet a transfer: only the first pin tries. */
 	xa_lock(&held);
 	state = xa_load(&held, page_to_pfn(page));
-	if (state == HELD && can_be_written(page)) {
+	if (state == HELD && !is_being_given(page_to_pfn(page)) &&
+	    can_be_written(page)) {
 		state = SHARED;
 		__xa_store(&held, page_to_pfn(page), state, GFP_ATOMIC);
 	}
@@ -257,23 +317,29 @@ int havmsi_declare_ram(struct havmsi_vm *hv)
 	return ret;
 }
 
-/* No page table there at all, so no page either. mmap_lock is held. */
-static bool nothing_mapped(struct mm_struct *mm, unsigned long addr)
+/*
+ * The entry that maps 2 MiB around @addr or leads to their table, none if there is
+ * nothing. mmap_lock is held, or interrupts are off.
+ */
+static pmd_t user_pmd(struct mm_struct *mm, unsigned long addr)
 {
 	pgd_t *pgd = pgd_offset(mm, addr);
 	p4d_t *p4d;
-	pud_t *pud;
+	pud_t *pud, value;
 
 	if (pgd_none(READ_ONCE(*pgd)))
-		return true;
+		return __pmd(0);
 	p4d = p4d_offset(pgd, addr);
 	if (p4d_none(READ_ONCE(*p4d)))
-		return true;
+		return __pmd(0);
 	pud = pud_offset(p4d, addr);
-	if (pud_none(READ_ONCE(*pud)))
-		return true;
-	return !pud_leaf(READ_ONCE(*pud)) &&
-	       pmd_none(pmdp_get_lockless(pmd_offset(pud, addr)));
+	value = READ_ONCE(*pud);
+	if (pud_none(value))
+		return __pmd(0);
+	/* 1 GiB: 2 MiB of that. */
+	if (pud_leaf(value))
+		return __pmd(pud_val(value) + (addr & ~PUD_MASK & PMD_MASK));
+	return pmdp_get_lockless(pmd_offset(pud, addr));
 }
 
 static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page)
@@ -334,7 +400,7 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 		skip = (end - hva) >> PAGE_SHIFT;
 		if (vma && vma->vm_start <= hva &&
 		    !(vma->vm_flags & (VM_IO | VM_PFNMAP)) &&
-		    !(vma_is_anonymous(vma) && nothing_mapped(mm, hva))) {
+		    !(vma_is_anonymous(vma) && pmd_none(user_pmd(mm, hva)))) {
 			got = pin_user_pages(hva, skip, PIN_FLAGS | FOLL_DUMP, pages);
 			/* A hole at @hva, or nothing that can be written. */
 			if (got == -EFAULT)
@@ -502,27 +568,99 @@ void havmsi_unshared(struct havmsi_vcpu *hvcpu)
 	hvcpu->moving = NULL;
 }
 
-/* We have pinned the page: it becomes the VM's, unless others have as well. */
-static int give(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
-		struct page *page)
+/*
+ * @page, pinned, is part of a huge page of the VMM's: how much of that can go to the VM
+ * with it, around it. All of it where the VM has nothing there as yet; else the largest
+ * power of 2 that it lies in. That is pinned now as well, and has its place in the list.
+ */
+static unsigned long around(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
+			    struct kvm_memory_slot *slot, gfn_t gfn,
+			    unsigned long hva, struct page *page)
 {
-	struct arm_smccc_1_2_regs regs = {
-		.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
-		.a3 = page_to_phys(page), .a4 = PAGE_SIZE,
-	};
+	unsigned long pfn = page_to_pfn(page), flags, nr, i;
+	struct folio *folio = page_folio(page);
+	pmd_t pmd;
+
+	if (!folio_test_pmd_mappable(folio) ||
+	    ((hva >> PAGE_SHIFT) ^ gfn) % PTRS_PER_PMD ||
+	    (pfn ^ gfn) % PTRS_PER_PMD)
+		return 1;
+	local_irq_save(flags);
+	pmd = user_pmd(current->mm, hva);
+	local_irq_restore(flags);
+	if (!pmd_leaf(pmd) || pmd_pfn(pmd) != ALIGN_DOWN(pfn, PTRS_PER_PMD))
+		return 1;
+
+	for (nr = PTRS_PER_PMD; nr > 1; nr /= 2) {
+		gfn_t first = ALIGN_DOWN(gfn, nr);
+
+		if (first < slot->base_gfn ||
+		    first + nr > slot->base_gfn + slot->npages)
+			continue;
+		/* The pins first: rather one too many for pinned_by_others(). */
+		for (i = 1; i < nr; i++)
+			folio_add_pin(folio);
+		if (!fill_places(&hv->pages, first, nr, gfn, page - (gfn - first), NULL))
+			break;
+		unpin_user_page_range_dirty_lock(page - (gfn - first), nr - 1, false);
+	}
+	if (hvcpu->folio != folio || hvcpu->drops != hv->drops) {
+		hvcpu->folio = folio;
+		hvcpu->own = nr - 1;
+		hvcpu->drops = hv->drops;
+	} else {
+		hvcpu->own += nr - 1;
+	}
+	return nr;
+}
+
+/*
+ * We have pinned these pages: they become the VM's, unless others have them as well.
+ * How many did.
+ */
+static long give(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
+		 struct page *page, unsigned long nr)
+{
+	unsigned long pfn = page_to_pfn(page), done = 0, i;
+	struct giving g = { .list = LIST_HEAD_INIT(g.list), .pfn = pfn, .nr = nr };
 	int ret;
 
-	ret = xa_insert(&held, page_to_pfn(page), MOVING, GFP_KERNEL);
+	ret = fill_places(&held, pfn, nr, ULONG_MAX, HELD, &g);
 	if (ret)
-		return ret;
+		goto out;
 	smp_mb();
-	ret = pinned_by_others(hvcpu, hv, gfn, page, true) ? -EAGAIN :
-	      havmsi_vm_call(hv, &regs, NULL);
-	if (ret)
-		xa_erase(&held, page_to_pfn(page));
-	else
-		hold(page, HELD);
-	return ret;
+	ret = pinned_by_others(hvcpu, hv, gfn, page, true) ? -EAGAIN : 0;
+	while (done < nr && !ret) {
+		struct arm_smccc_1_2_regs regs = {
+			.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle,
+			.a2 = (gfn + done) << PAGE_SHIFT,
+			.a3 = page_to_phys(page + done),
+			.a4 = min(nr - done, HAVMSI_MAX_PAGES_PER_MAP) << PAGE_SHIFT,
+		};
+
+		ret = havmsi_vm_call(hv, &regs, NULL);
+		if (!ret)
+			done += regs.a4 >> PAGE_SHIFT;
+	}
+	for (i = done; i < nr; i++)
+		xa_erase(&held, pfn + i);
+out:
+	xa_lock(&held);
+	list_del(&g.list);
+	xa_unlock(&held);
+	return done ?: ret;
+}
+
+/* Pages that did not go. */
+static void release(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
+		    struct page *page, unsigned long nr)
+{
+	if (nr)
+		hvcpu->folio = NULL;
+	for (; nr; nr--, gfn++, page++) {
+		xa_erase(&hv->pages, gfn);
+		unpin_user_page(page);
+	}
 }
 
 /* The guest wants a page of its RAM that it doesn't have yet. */
@@ -533,10 +671,11 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 	struct havmsi_vm *hv = kvm->arch.havmsi;
 	gfn_t gfn = ipa >> PAGE_SHIFT;
 	struct kvm_memory_slot *slot;
+	unsigned long hva, nr, off;
 	struct page *page;
-	unsigned long hva;
 	bool writable;
 	int ret, idx;
+	long done;
 
 	idx = srcu_read_lock(&kvm->srcu);
 	down_read(&hv->lock);
@@ -574,10 +713,20 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		goto out;
 	}
 
-	ret = give(hvcpu, hv, gfn, page);
-	if (ret) {
-		xa_release(&hv->pages, gfn);
-		unpin_user_page(page);
+	nr = around(hvcpu, hv, slot, gfn, hva, page);
+	off = gfn % nr;
+	done = give(hvcpu, hv, gfn - off, page - off, nr);
+	if (done < 0 && done != -EAGAIN && nr > 1) {
+		/* Something of it can't go: this page alone, then. */
+		release(hvcpu, hv, gfn - off, page - off, off);
+		release(hvcpu, hv, gfn + 1, page + 1, nr - off - 1);
+		nr = 1;
+		off = 0;
+		done = give(hvcpu, hv, gfn, page, 1);
+	}
+	if (done < 0) {
+		ret = done;
+		release(hvcpu, hv, gfn - off, page - off, nr);
 		if (ret == -EAGAIN) {
 			ret = not_yet();
 			goto out;
@@ -587,9 +736,12 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		ret = ret == -ENOMEM ? ret : -EFAULT;
 		goto out;
 	}
-	xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
+	if (nr == 1)
+		xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
 	if (hvcpu->folio == page_folio(page))
 		hvcpu->own++;
+	/* The first pages went: the guest may have to come again. */
+	release(hvcpu, hv, gfn - off + done, page - off + done, nr - done);
 	ret = 1;
 out:
 	up_read(&hv->lock);
