@@ -18,7 +18,7 @@ use havmsi_hal::machine::Machine;
 use havmsi_hal::smmu::Smmu;
 use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::Vgic;
-use havmsi_hal::world::{self, El1State, Stage2};
+use havmsi_hal::world::{self, El1State};
 use havmsi_hal::{cache, phys, tlb};
 use spin::Once;
 use spin::mutex::SpinMutex;
@@ -214,7 +214,7 @@ pub fn enter_again(el1: &El1State) {
     reg::mdcr_el2::write(MDCR_EL2);
     reg::cnthctl_el2::write(CNTHCTL);
     reg::vmpidr_el2::write(reg::mpidr_el1::read());
-    world::switch_to(el1, Stage2 { vttbr: world.machine.host_vttbr, hcr: HCR });
+    world::switch_to(el1, world.machine.host_vttbr, HCR);
 }
 
 /// This CPU enters the host at `boot` when the monitor is left: at EL1, as

@@ -29,7 +29,11 @@ pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
             barrier::wfi();
             Ok(0)
         }
-        (id::CPU_OFF, false) => Ok(cpu_off()),
+        (id::CPU_OFF, false) => {
+            let cpu = this_cpu().number();
+            POWER.lock()[cpu] = Power::Off;
+            Ok(sleep(cpu))
+        }
         (id::SYSTEM_OFF | id::SYSTEM_RESET, false) => {
             let off = function == id::SYSTEM_OFF;
             crate::log!("the host {} the machine", if off { "turns off" } else { "resets" });
@@ -66,12 +70,6 @@ fn affinity_info(args: &[u64; 8]) -> Result<u64, Error> {
         return Err(Error::InvalidParameters);
     }
     Ok(POWER.lock()[target(affinity)?].info())
-}
-
-fn cpu_off() -> u64 {
-    let cpu = this_cpu().number();
-    POWER.lock()[cpu] = Power::Off;
-    sleep(cpu)
 }
 
 /// Keeps this CPU until the host turns it on, then makes it ready to enter the

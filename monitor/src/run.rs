@@ -23,7 +23,7 @@ use havmsi_hal::debug::DebugState;
 use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::VgicState;
-use havmsi_hal::world::{self, El1State, Stage2};
+use havmsi_hal::world::{self, El1State};
 use havmsi_hal::{barrier, phys, tlb};
 use spin::mutex::SpinMutex;
 
@@ -247,7 +247,7 @@ fn enter(
     }
     let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
     let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);
-    world::switch_to(&context.el1, Stage2 { vttbr: run.vttbr, hcr });
+    world::switch_to(&context.el1, run.vttbr, hcr);
     if let Some(what) = injection {
         let syndrome = context.syndrome;
         exception::inject(&mut context.frame, what, syndrome);
@@ -376,8 +376,9 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         }
         Action::Hypercall => {
             let x = exit::shown_registers(ExitClass::Hvc, &context.frame.x);
+            let random = || vms::RANDOM.lock().random();
             havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return None });
-            match hypercall::call(current.world, &mut vm.lock(), idx, x, vms::random) {
+            match hypercall::call(current.world, &mut vm.lock(), idx, x, random) {
                 Ok(results) => context.frame.x[..4].copy_from_slice(&results),
                 Err(pending) => {
                     // The PC is behind the call: back, until it is answered.

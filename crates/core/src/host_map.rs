@@ -21,7 +21,7 @@ use havmsi_abi::{Error, PAGE_SIZE};
 use crate::addr::{Ipa, Pa, index};
 use crate::hw::Hardware;
 use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages};
-use crate::ram::{Ram, Range};
+use crate::ram::{MAX_BANKS, Ram, Range};
 use crate::stage2::{
     Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, as_block, level1_index, level2_index,
     level3_index, replace,
@@ -113,19 +113,13 @@ impl HostMap {
     }
 
     /// The place of the level 2 table for the GiB of RAM around `pa`, among the
-    /// `tables` of CPUs or devices: GiBs are counted from the bottom of each bank.
+    /// `tables` of CPUs or devices: each bank has its share of them.
     fn level2_table(&self, tables: u64, pa: Pa) -> Option<Pa> {
-        let mut number = 0;
-        for bank in self.ram.banks() {
-            let first = bank.base / LEVEL1_SIZE;
-            if bank.contains(pa.0, 1) {
-                number += pa.0 / LEVEL1_SIZE - first;
-                return (number < carveout::LEVEL2_TABLE_COUNT)
-                    .then(|| self.carveout.offset(tables + number * PAGE_SIZE));
-            }
-            number += (bank.base + bank.size).div_ceil(LEVEL1_SIZE) - first;
-        }
-        None
+        const SHARE: u64 = carveout::LEVEL2_TABLE_COUNT / MAX_BANKS as u64;
+        let mut banks = (0..).zip(self.ram.banks());
+        let (n, bank) = banks.find(|(_, bank)| bank.contains(pa.0, 1))?;
+        let number = pa.0 / LEVEL1_SIZE - bank.base / LEVEL1_SIZE;
+        (number < SHARE).then(|| self.carveout.offset(tables + (n * SHARE + number) * PAGE_SIZE))
     }
 
     /// The place of the level 3 table for the 2 MiB of RAM around `pa`.
