@@ -19,8 +19,6 @@ use sha2::{Digest as _, Sha256};
 pub type Handle = u64;
 /// The first and the last word of a page: as much as is looked at.
 pub type Content = [u64; 2];
-/// `x0` and, for [`NoMemory`], `x1`.
-pub type Refusal = (Error, u64);
 
 /// Whose page it is (I1), and for what.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -167,7 +165,7 @@ impl Vm {
         {
             no.because(Denied);
         } else if self.tables_missing(ipa) > self.spare() {
-            no.0.push((NoMemory, self.tables_missing(ipa) - self.spare()));
+            no.because(NoMemory);
         }
     }
 
@@ -187,11 +185,11 @@ impl Vm {
 
 /// Why a call must be refused; empty if it must not.
 #[derive(Default, Debug)]
-pub struct Reasons(pub Vec<Refusal>);
+pub struct Reasons(pub Vec<Error>);
 
 impl Reasons {
     fn because(&mut self, error: Error) {
-        self.0.push((error, 0));
+        self.0.push(error);
     }
 
     fn when(&mut self, bad: bool, error: Error) {
@@ -265,7 +263,7 @@ impl Model {
     fn vm(&mut self, handle: Handle) -> Result<(&mut Vm, Reasons), Reasons> {
         match self.vms.get_mut(&handle) {
             Some(vm) => Ok((vm, Reasons::default())),
-            None => Err(Reasons(vec![(Invalid, 0)])),
+            None => Err(Reasons(vec![Invalid])),
         }
     }
 
@@ -376,7 +374,7 @@ impl Model {
         no.when(!is_page(ipa), Invalid);
         no.when(image && vm.image.last().is_some_and(|(last, _)| ipa <= *last), Invalid);
         no.when(!is_page(size) || size / PAGE_SIZE > MAX_PAGES_PER_MAP || size == 0, Invalid);
-        if no.0.contains(&(Invalid, 0)) {
+        if no.0.contains(&Invalid) {
             return no;
         }
         // What lies in one range of RAM and has one table.
@@ -391,8 +389,8 @@ impl Model {
         pages.clone().for_each(|(_, pa)| self.hosts(pa, &mut no));
         if !no.none() {
             // A lack of tables is told only about pages that could come.
-            if no.0.iter().any(|(error, _)| *error != NoMemory) {
-                no.0.retain(|(error, _)| *error != NoMemory);
+            if no.0.iter().any(|error| *error != NoMemory) {
+                no.0.retain(|error| *error != NoMemory);
             }
             return no;
         }

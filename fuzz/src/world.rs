@@ -10,7 +10,6 @@ use havmsi_abi::{
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::exit::{self, Action, Answer, Injection, Pending, Syndrome};
 use havmsi_core::fake::{self, BANK2, BASE, CARVEOUT, FakeMachine, UART, host_page, root};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::host_map::Resolution;
 use havmsi_core::hypercall;
 use havmsi_core::launch::{Boot, Config};
@@ -20,8 +19,7 @@ use havmsi_core::vm::{Machine as _, Vm, handle_slot};
 use havmsi_core::{psci, vgic};
 
 use crate::model::{
-    self, Called, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Refusal,
-    Registers, Trap,
+    self, Called, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Registers, Trap,
 };
 
 /// VMs that can be at once.
@@ -104,17 +102,6 @@ fn some_page(a: u8) -> u64 {
 /// A number that is different for each byte.
 fn spread(a: u8) -> u64 {
     u64::from(a).wrapping_mul(0x9e37_79b9_7f4a_7c15) & !SECRET
-}
-
-fn plain(error: Error) -> MapError {
-    error.into()
-}
-
-fn refusal(error: MapError) -> Refusal {
-    match error {
-        MapError::Tables(pages) => (Error::NoMemory, pages),
-        MapError::Other(error) => (error, 0),
-    }
 }
 
 /// What the monitor keeps of a vCPU.
@@ -207,8 +194,8 @@ impl<'a> World<'a> {
     fn on<T>(
         &mut self,
         handle: Handle,
-        f: impl FnOnce(&mut Vm, &FakeMachine<'a>) -> Result<T, MapError>,
-    ) -> Result<T, MapError> {
+        f: impl FnOnce(&mut Vm, &FakeMachine<'a>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let m = self.m;
         f(self.find(handle)?, m)
     }
@@ -223,13 +210,10 @@ impl<'a> World<'a> {
     }
 
     /// The crate's answer must be one that the model permits.
-    fn same<T: std::fmt::Debug>(what: &str, result: &Result<T, MapError>, no: &Reasons) {
+    fn same<T: std::fmt::Debug>(what: &str, result: &Result<T, Error>, no: &Reasons) {
         match result {
             Ok(_) => assert!(no.none(), "{what}: done, but {no:?}"),
-            Err(error) => {
-                let error = refusal(*error);
-                assert!(no.0.contains(&error), "{what}: {error:?}, expected {no:?}");
-            }
+            Err(error) => assert!(no.0.contains(error), "{what}: {error:?}, expected {no:?}"),
         }
     }
 
@@ -250,13 +234,13 @@ impl<'a> World<'a> {
             1 => {
                 let (base, size) = RANGES[usize::from(a) % RANGES.len()];
                 let base = base.wrapping_add(u64::from(b & 3) * 0x1_0000);
-                let result = self.on(handle, |vm, _| Ok(vm.add_ram(base, size)?));
+                let result = self.on(handle, |vm, _| vm.add_ram(base, size));
                 Self::same("VM_ADD_RAM", &result, &self.model.add_ram(handle, base, size));
             }
             2 => self.vcpu_create(handle, idx, some_page(b)),
             3 => {
                 let (pc, x) = (spread(b), [1, 2, 3, 4].map(|n| n * u64::from(b)));
-                let result = self.on(handle, |vm, _| Ok(vm.set_boot(idx, Boot { pc, x })?));
+                let result = self.on(handle, |vm, _| vm.set_boot(idx, Boot { pc, x }));
                 Self::same("VCPU_SET_BOOT", &result, &self.model.set_boot(handle, idx, pc, x));
             }
             4 => {
@@ -266,7 +250,7 @@ impl<'a> World<'a> {
                 Self::same("VM_POPULATE", &result, &no);
             }
             5 => {
-                let result = self.on(handle, |vm, m| Ok(vm.activate(m)?));
+                let result = self.on(handle, |vm, m| vm.activate(m));
                 match self.model.activate(handle) {
                     Ok(digest) => assert_eq!(result, Ok(digest), "VM_ACTIVATE"),
                     Err(no) => Self::same("VM_ACTIVATE", &result, &no),
@@ -288,7 +272,7 @@ impl<'a> World<'a> {
             }
             8 => {
                 let (ipa, n) = (place(a), u64::from(b % 40));
-                let result = self.on(handle, |vm, m| Ok(vm.unmap_pages(m, ipa, n)?));
+                let result = self.on(handle, |vm, m| vm.unmap_pages(m, ipa, n));
                 Self::same("PAGE_UNMAP", &result, &self.model.unmap(handle, ipa, n));
             }
             9 => {
@@ -298,7 +282,7 @@ impl<'a> World<'a> {
             }
             10 => {
                 let (pa, n) = (some_page(a), if b == 255 { u64::MAX } else { u64::from(b % 36) });
-                let result = self.on(handle, |vm, m| Ok(vm.donate_pool(m, pa, n)?));
+                let result = self.on(handle, |vm, m| vm.donate_pool(m, pa, n));
                 Self::same("POOL_DONATE", &result, &self.model.donate_pool(handle, pa, n));
             }
             11 => self.teardown(handle, false),
@@ -327,12 +311,12 @@ impl<'a> World<'a> {
     fn create(&mut self, max_vcpus: u64, gic: u64, bits: u64) {
         let no = self.model.create(SLOTS, max_vcpus, gic, bits);
         let config = Config { ipa_bits: bits, gic, max_vcpus };
-        let mut result = Err(plain(Error::NoMemory));
+        let mut result = Err(Error::NoMemory);
         for (vm, slot) in self.vms.iter_mut().zip((0..).map(VmSlot)) {
             match vm.create(slot, root(slot), config, 0) {
                 Ok(handle) => result = Ok(handle),
                 Err(Error::Busy) => continue,
-                Err(error) => result = Err(plain(error)),
+                Err(error) => result = Err(error),
             }
             break;
         }
@@ -343,7 +327,7 @@ impl<'a> World<'a> {
     }
 
     fn vcpu_create(&mut self, handle: Handle, idx: u64, page: u64) {
-        let result = self.on(handle, |vm, m| Ok(vm.create_vcpu(m, idx, page, 0)?));
+        let result = self.on(handle, |vm, m| vm.create_vcpu(m, idx, page, 0));
         Self::same("VCPU_CREATE", &result, &self.model.vcpu_create(handle, idx, page));
         if result.is_ok() {
             let registers = Registers { x: [0; 31], pc: 0 };
@@ -401,7 +385,7 @@ impl<'a> World<'a> {
         }
     }
 
-    fn try_enter(&mut self, handle: Handle, idx: u64, entry: &Entry) -> Result<(), MapError> {
+    fn try_enter(&mut self, handle: Handle, idx: u64, entry: &Entry) -> Result<(), Error> {
         let slot = handle_slot(handle).ok_or(Error::Invalid)?;
         let vm = self.vms.get_mut(usize::from(slot.0)).ok_or(Error::Invalid)?;
         vm.check_handle(handle)?;
@@ -450,8 +434,7 @@ impl<'a> World<'a> {
     fn teardown(&mut self, handle: Handle, destroy: bool) {
         let before = self.model.pages_of(handle);
         let result =
-            self.on(handle, |vm, m| Ok(if destroy { vm.destroy(m, |_| ()) } else { vm.reset(m) }?));
-        let result = result.map_err(|error| refusal(error).0);
+            self.on(handle, |vm, m| if destroy { vm.destroy(m, |_| ()) } else { vm.reset(m) });
         let host = |pa: &u64| self.m.pages.owner(Pa(*pa)) == Some(page::Owner::Host);
         let back: Vec<_> = before.into_iter().filter(host).collect();
         for pa in &back {

@@ -29,12 +29,12 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use havmsi_abi::Error;
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::fake::{self, UART, host_page, root};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::host_map::{HostMap, Resolution};
 use havmsi_core::hw::Hardware;
 use havmsi_core::launch::{Boot as Entrypoint, Config};
 use havmsi_core::page::{Owner, Pages, VmSlot};
 use havmsi_core::ram::Range;
+use havmsi_core::stage2::Attributes;
 use havmsi_core::vm::{Machine, Vm};
 
 use crate::memory::{Boot, Memory, Recorder, word};
@@ -158,7 +158,7 @@ impl Op {
         }
     }
 
-    fn carry_out(self, m: &Bench, vm: &mut Vm) -> Result<(), MapError> {
+    fn carry_out(self, m: &Bench, vm: &mut Vm) -> Result<(), Error> {
         match self {
             Self::Create(n) => {
                 vm.create(VmSlot(n), root(VmSlot(n)), CONFIG, 0)?;
@@ -192,7 +192,7 @@ impl Op {
                 let ipa = Ipa(page(pa).0);
                 let to = m.with_host_map(|map| map.resolve(m, ipa, false, false));
                 if to == Resolution::Refused {
-                    return Err(Error::Denied.into());
+                    return Err(Error::Denied);
                 }
             }
         }
@@ -285,7 +285,7 @@ pub enum Outcome {
     /// At the next stop.
     Stopped(Stop, Vec<Seen>),
     /// With a result; the VM is this now.
-    Ended(Result<(), MapError>, Box<Vm>),
+    Ended(Result<(), Error>, Box<Vm>),
     /// By a panic.
     Panicked(String),
 }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use havmsi_abi::Error;
 use havmsi_core::addr::{Ipa, Pa};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::page::Owner;
 use havmsi_core::stage2::{Attributes, Entry};
 use havmsi_core::vm::Vm;
@@ -127,7 +126,7 @@ pub trait Known {
     /// Hosts and guests write whatever they can, as soon as they can.
     fn eager(&self) -> bool;
     /// A call came to its end.
-    fn ended(&self, op: Op, result: &Result<(), MapError>);
+    fn ended(&self, op: Op, result: &Result<(), Error>);
 }
 
 impl State {
@@ -247,22 +246,15 @@ impl State {
     }
 
     /// A call came to its end: its locks are free.
-    fn end(
-        &mut self,
-        k: &impl Known,
-        cpu: usize,
-        call: &Call,
-        result: &Result<(), MapError>,
-        vm: Vm,
-    ) {
+    fn end(&mut self, k: &impl Known, cpu: usize, call: &Call, result: &Result<(), Error>, vm: Vm) {
         k.ended(call.op, result);
         if self.map_lock.map(usize::from) == Some(cpu) {
             self.map_lock = None;
         }
         if let Some(number) = call.vm {
             let after = if *k.vm(number) == vm { number } else { k.number(vm) };
-            let step = matches!(call.op, Op::Reset(_) | Op::Destroy(_))
-                && *result == Err(Error::Again.into());
+            let step =
+                matches!(call.op, Op::Reset(_) | Op::Destroy(_)) && *result == Err(Error::Again);
             if result.is_err() && !step && (after != number || call.acted) {
                 self.break_promise(Broken::I9, || {
                     format!("{:?} was refused ({result:?}) and changed something", call.op)

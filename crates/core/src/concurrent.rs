@@ -9,7 +9,6 @@ use havmsi_abi::{Error, PAGE_SIZE};
 
 use crate::addr::Ipa;
 use crate::fake::{FakeMachine, host_page, records, root};
-use crate::guest_map::MapError;
 use crate::launch::{Boot, Config};
 use crate::page::{Owner, VmSlot};
 use crate::vm::Vm;
@@ -98,26 +97,24 @@ fn races_lose_no_page() {
                     let page = host_page(number(WANTED)).0;
                     let vm = &mut vms[which].lock().unwrap();
                     let result = match number(12) {
-                        8..10 => vm.share(m, Ipa(ipa)).map_err(Into::into),
-                        10..12 => vm.unshare(m, Ipa(ipa)).map_err(Into::into),
+                        8..10 => vm.share(m, Ipa(ipa)),
+                        10..12 => vm.unshare(m, Ipa(ipa)),
                         0..4 => vm.map_page(m, ipa, page),
-                        4..6 => vm.unmap_pages(m, ipa, number(3)).map_err(Into::into),
-                        6 => vm.donate_pool(m, page, 1 + number(2)).map_err(Into::into),
+                        4..6 => vm.unmap_pages(m, ipa, number(3)),
+                        6 => vm.donate_pool(m, page, 1 + number(2)),
                         _ if number(8) == 0 => {
                             let result = vm.reset(m);
                             if result.is_ok() {
                                 vm.set_boot(0, Boot::default()).unwrap();
                                 vm.activate(m).unwrap();
                             }
-                            result.map_err(Into::into)
+                            result
                         }
                         _ => Ok(()),
                     };
                     assert!(matches!(
                         result,
-                        Ok(())
-                            | Err(MapError::Tables(_)
-                                | MapError::Other(Error::Again | Error::Denied | Error::State))
+                        Ok(()) | Err(Error::NoMemory | Error::Again | Error::Denied | Error::State)
                     ));
                 }
             });

@@ -102,12 +102,12 @@ impl GuestMap {
     /// are touched, so that a refused call has changed nothing.
     ///
     /// # Errors
-    /// [`MapError::Other(Error::Denied)`] if some of it is mapped, or was and is lost until the VM
-    /// is reset, [`MapError::Other(Error::Invalid)`] if it takes more than one table's
-    /// pages; [`MapError::Tables`] if the pool is short.
-    pub fn check(&self, hw: &impl Hardware, ipa: Ipa, size: u64) -> Result<(), MapError> {
+    /// [`Error::Denied`] if some of it is mapped, or was and is lost until the VM
+    /// is reset, [`Error::Invalid`] if it takes more than one table's
+    /// pages; [`Error::Tables`] if the pool is short.
+    pub fn check(&self, hw: &impl Hardware, ipa: Ipa, size: u64) -> Result<(), Error> {
         if ipa.0 % LEVEL2_SIZE + size > LEVEL2_SIZE {
-            return Err(MapError::Other(Error::Invalid));
+            return Err(Error::Invalid);
         }
         left_out!(Occupied => if self.find(hw, ipa).is_ok() { return Ok(()) });
         let used = |(table, slot)| {
@@ -115,10 +115,8 @@ impl GuestMap {
                 .any(|i| hw.read_entry(table, i) != Entry::INVALID.0)
         };
         match self.find(hw, ipa) {
-            Ok(place) if used(place) => Err(MapError::Other(Error::Denied)),
-            Err(missing) if missing > self.pool.len => {
-                Err(MapError::Tables(missing - self.pool.len))
-            }
+            Ok(place) if used(place) => Err(Error::Denied),
+            Err(missing) if missing > self.pool.len => Err(Error::NoMemory),
             _ => Ok(()),
         }
     }
@@ -132,7 +130,7 @@ impl GuestMap {
         ipa: Ipa,
         (pa, size): (Pa, u64),
         attributes: Attributes,
-    ) -> Result<(), MapError> {
+    ) -> Result<(), Error> {
         self.check(hw, ipa, size)?;
         let mut table = self.root;
         for slot in [level1_index(ipa), level2_index(ipa)] {
@@ -140,7 +138,7 @@ impl GuestMap {
             table = if entry.is_valid() {
                 entry.address()
             } else {
-                let next = self.pool.pop(hw).ok_or(MapError::Tables(1))?;
+                let next = self.pool.pop(hw).ok_or(Error::NoMemory)?;
                 hw.write_entry(table, slot, Entry::table(next).0);
                 next
             };
@@ -157,7 +155,7 @@ impl GuestMap {
     ///
     /// # Errors
     /// As [`Self::check`]; the pages are the host's again then.
-    pub fn map(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), MapError> {
+    pub fn map(&mut self, m: &impl Machine, ipa: Ipa, page: Page<Clean>) -> Result<(), Error> {
         let size = page.size();
         let result = self.insert(m.hw(), ipa, (page.pa(), size), Attributes::Memory);
         match result {
@@ -325,21 +323,6 @@ impl GuestMap {
         // No stage-2 ever shows a table.
         let page = m.pages().claim(pa, Owner::Table(self.slot)).ok()?;
         Some(page.isolated())
-    }
-}
-
-/// Why nothing could be mapped.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum MapError {
-    /// That many pages are missing in the pool.
-    Tables(u64),
-    /// Another reason; [`Error::Denied`] if something is mapped there.
-    Other(Error),
-}
-
-impl From<Error> for MapError {
-    fn from(error: Error) -> Self {
-        Self::Other(error)
     }
 }
 

@@ -14,7 +14,6 @@ use crate::addr::{Ipa, Pa};
 use crate::fake::{
     BANK2, BASE, CARVEOUT, Event, FakeMachine, PAGES, UART, host_page, records, root,
 };
-use crate::guest_map::MapError;
 use crate::hypercall;
 use crate::launch::{Boot, Config};
 use crate::page::{Owner, VmSlot};
@@ -194,10 +193,6 @@ struct World<'a> {
     before: Snapshot,
 }
 
-fn plain(error: Error) -> MapError {
-    error.into()
-}
-
 impl<'a> World<'a> {
     fn new(m: &'a FakeMachine<'a>, vms: [Vm; 2]) -> Self {
         let before = Snapshot::new(m, vms.iter());
@@ -225,20 +220,18 @@ impl<'a> World<'a> {
         (entry == Entry::page(entry.address(), Attributes::Memory)).then(|| entry.address())
     }
 
-    fn act(&mut self, n: usize, op: &Op) -> Result<(), MapError> {
+    fn act(&mut self, n: usize, op: &Op) -> Result<(), Error> {
         let m = self.m;
         let root = root(slot(n as u64));
         let vttbr = vttbr(root, slot(n as u64).vmid());
         let vm = &mut self.vms[n];
         match *op {
-            Op::Create(config) => {
-                vm.create(slot(n as u64), root, config, 0).map(|_| ()).map_err(plain)
-            }
-            Op::AddRam(base, size) => vm.add_ram(base, size).map_err(plain),
-            Op::CreateVcpu(idx, at) => vm.create_vcpu(m, idx, page(at).0, 0).map_err(plain),
-            Op::SetBoot(idx) => vm.set_boot(idx, Boot::default()).map_err(plain),
+            Op::Create(config) => vm.create(slot(n as u64), root, config, 0).map(|_| ()),
+            Op::AddRam(base, size) => vm.add_ram(base, size),
+            Op::CreateVcpu(idx, at) => vm.create_vcpu(m, idx, page(at).0, 0),
+            Op::SetBoot(idx) => vm.set_boot(idx, Boot::default()),
             Op::Populate(ipa, at) => vm.populate(m, ipa, page(at).0, &mut [0; 4096]),
-            Op::Activate => vm.activate(m).map(|_| ()).map_err(plain),
+            Op::Activate => vm.activate(m).map(|_| ()),
             Op::Enter(idx) => {
                 let run = vm.enter(idx)?;
                 assert_eq!(run.vttbr, vttbr);
@@ -256,11 +249,11 @@ impl<'a> World<'a> {
             }
             Op::Map(ipa, at) => vm.map_page(m, ipa, page(at).0),
             Op::MapRun(ipa, pa, n) => vm.map_pages(m, ipa, pa, n * PAGE_SIZE),
-            Op::Unmap(ipa, count) => vm.unmap_pages(m, ipa, count).map_err(plain),
+            Op::Unmap(ipa, count) => vm.unmap_pages(m, ipa, count),
             Op::MapDevice(ipa) => vm.map_device(m, ipa, Pa(GICV)),
-            Op::Pool(at, count) => vm.donate_pool(m, page(at).0, count).map_err(plain),
-            Op::Reset => vm.reset(m).map_err(plain),
-            Op::Destroy => vm.destroy(m, |_| ()).map_err(plain),
+            Op::Pool(at, count) => vm.donate_pool(m, page(at).0, count),
+            Op::Reset => vm.reset(m),
+            Op::Destroy => vm.destroy(m, |_| ()),
             Op::HostWrite(at, word, value) => {
                 let pa = page(at);
                 if m.host_leaf(pa).is_some_and(Entry::is_writable) && pa.0 != UART {
@@ -292,8 +285,8 @@ impl<'a> World<'a> {
                 }
                 Ok(())
             }
-            Op::Share(ipa) => vm.share(m, Ipa(ipa)).map_err(plain),
-            Op::Unshare(ipa) => vm.unshare(m, Ipa(ipa)).map_err(plain),
+            Op::Share(ipa) => vm.share(m, Ipa(ipa)),
+            Op::Unshare(ipa) => vm.unshare(m, Ipa(ipa)),
             Op::Answer(idx, result) => {
                 vm.cpu_on_answered(idx, result);
                 Ok(())
@@ -311,7 +304,7 @@ impl<'a> World<'a> {
         let contents: Vec<_> = (0..POOL).map(|at| self.content(page(at))).collect();
         m.hw.take_events();
         let result = self.act(*n, op);
-        let step = matches!(op, Op::Reset | Op::Destroy) && result == Err(plain(Error::Again));
+        let step = matches!(op, Op::Reset | Op::Destroy) && result == Err(Error::Again);
         if !matches!(op, Op::Reset | Op::Destroy) {
             // No call is long.
             let events = m.hw.take_events();

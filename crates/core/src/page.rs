@@ -313,14 +313,21 @@ impl<'a> Pages<'a> {
         }
     }
 
-    /// Pages of each kind, for statistics; other CPUs may be moving pages meanwhile.
+    /// Pages of this kind, whatever VM's, for statistics; other CPUs may be moving pages
+    /// meanwhile.
+    pub fn count(&self, owner: Owner) -> u64 {
+        self.counter(owner).load(Ordering::Relaxed)
+    }
+
+    /// Pages of all kinds.
+    #[cfg(any(test, feature = "audit"))]
     pub fn census(&self) -> Census {
-        let count = |owner| self.counter(owner).load(Ordering::Relaxed);
+        let any = VmSlot(0);
         Census {
-            host: count(Owner::Host),
-            table: count(Owner::Table(VmSlot(0))),
-            private: count(Owner::Private(VmSlot(0))),
-            shared: count(Owner::Shared(VmSlot(0))),
+            host: self.count(Owner::Host),
+            table: self.count(Owner::Table(any)),
+            private: self.count(Owner::Private(any)),
+            shared: self.count(Owner::Shared(any)),
         }
     }
 
@@ -330,6 +337,7 @@ impl<'a> Pages<'a> {
 }
 
 /// Pages by owner.
+#[cfg(any(test, feature = "audit"))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Census {
     /// The host's, run pages included.

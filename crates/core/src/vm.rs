@@ -15,7 +15,7 @@ use havmsi_abi::{
 };
 
 use crate::addr::{Ipa, Pa, index};
-use crate::guest_map::{GuestMap, MapError};
+use crate::guest_map::GuestMap;
 use crate::host_map::HostMap;
 use crate::hw::Hardware;
 use crate::launch::{Boot, Config, Digest, Launch};
@@ -343,12 +343,12 @@ impl Vm {
         ipa: Ipa,
         pa: Pa,
         size: u64,
-    ) -> Result<Page<Isolated>, MapError> {
+    ) -> Result<Page<Isolated>, Error> {
         if !ipa.is_page() {
-            return Err(Error::Invalid.into());
+            return Err(Error::Invalid);
         }
         if !self.in_ram(ipa, size) && !left_out!(DeclaredRam) {
-            return Err(Error::Denied.into());
+            return Err(Error::Denied);
         }
         left_out!(OwnerLate => return self.take_late(m, pa));
         let page = m.pages().claim_run(pa, size / PAGE_SIZE, Owner::Host)?;
@@ -356,11 +356,11 @@ impl Vm {
             m.pages().unclaim(page);
             return Err(error);
         }
-        Ok(m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?)
+        m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))
     }
 
     #[cfg(feature = "leave-out")]
-    fn take_late(&self, m: &impl Machine, pa: Pa) -> Result<Page<Isolated>, MapError> {
+    fn take_late(&self, m: &impl Machine, pa: Pa) -> Result<Page<Isolated>, Error> {
         let page = Pages::not_claimed(pa);
         let hidden = m.with_host_map(|map| map.hide(m.hw(), m.pages(), page))?;
         Ok(m.pages().claim(hidden.pa(), Owner::Host)?.isolated())
@@ -377,7 +377,7 @@ impl Vm {
         ipa: u64,
         pa: u64,
         buffer: &mut [u8; 4096],
-    ) -> Result<(), MapError> {
+    ) -> Result<(), Error> {
         self.in_phase(Phase::Open)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         self.launch.check(ipa)?;
@@ -416,19 +416,19 @@ impl Vm {
     /// # Errors
     /// [`Error::State`] before activation, [`Error::Invalid`] for a malformed
     /// address or size, [`Error::Denied`] if at `ipa` is no RAM or something mapped, or a
-    /// page is not the host's; [`MapError::Tables`] if the pool is short.
+    /// page is not the host's; [`Error::Tables`] if the pool is short.
     pub fn map_pages(
         &mut self,
         m: &impl Machine,
         ipa: u64,
         pa: u64,
         size: u64,
-    ) -> Result<(), MapError> {
+    ) -> Result<(), Error> {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         let most = MAX_PAGES_PER_MAP * PAGE_SIZE;
         if size == 0 || size > most || !size.is_multiple_of(PAGE_SIZE) {
-            return Err(Error::Invalid.into());
+            return Err(Error::Invalid);
         }
         let page = self.take_for(m, ipa, pa, size)?.scrub(m.hw());
         self.map.map(m, ipa, page)
@@ -437,7 +437,7 @@ impl Vm {
     /// The same with one page.
     #[cfg(any(test, feature = "fake"))]
     #[expect(clippy::missing_errors_doc, reason = "those of `map_pages`")]
-    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), MapError> {
+    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64) -> Result<(), Error> {
         self.map_pages(m, ipa, pa, PAGE_SIZE)
     }
 
@@ -476,14 +476,14 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::Denied`] if `ipa` is RAM or taken.
-    pub fn map_device(&mut self, m: &impl Machine, ipa: u64, pa: Pa) -> Result<(), MapError> {
+    pub fn map_device(&mut self, m: &impl Machine, ipa: u64, pa: Pa) -> Result<(), Error> {
         self.in_use()?;
         let ipa = Ipa(ipa);
         if !ipa.is_page() || ipa.0 >> self.config.ipa_bits != 0 {
-            return Err(Error::Invalid.into());
+            return Err(Error::Invalid);
         }
         if self.is_ram(ipa) && !left_out!(DeviceInRam) || self.config.gic != 2 {
-            return Err(Error::Denied.into());
+            return Err(Error::Denied);
         }
         self.map.insert(m.hw(), ipa, (pa, PAGE_SIZE), Attributes::Device)?;
         let Range { base, size } = self.devices;

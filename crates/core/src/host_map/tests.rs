@@ -154,11 +154,11 @@ fn a_platform_that_tables_cannot_hold_is_refused() {
     let wraps = range(u64::MAX - 2 * MIB + 1, 4 * MIB);
     assert_eq!(bad([range(BASE, 16 * MIB), wraps]), Some(Error::Invalid));
     assert_eq!(bad([none, range(BANK2, 16 * MIB)]), Some(Error::Invalid));
-    // 32 level 2 tables: 32 GiB, wherever they are.
+    // 32 level 2 tables a bank: 32 GiB, wherever they are.
     assert_eq!(bad([range(0, 32 * GIB), none]), None);
     assert_eq!(bad([range(0, 33 * GIB), none]), Some(Error::Invalid));
-    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 30 * GIB)]), None);
-    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 31 * GIB)]), Some(Error::Invalid));
+    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 32 * GIB)]), None);
+    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 33 * GIB)]), Some(Error::Invalid));
     // Two banks in one GiB.
     assert_eq!(bad([range(0, 16 * MIB), range(512 * MIB, 16 * MIB)]), Some(Error::Invalid));
     assert_eq!(bad([range(GIB, 16 * MIB), range(512 * MIB, GIB)]), Some(Error::Invalid));
