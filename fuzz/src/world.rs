@@ -478,7 +478,7 @@ impl<'a> World<'a> {
                 return Some(leaf);
             }
             match map.resolve(hw, Ipa(pa), write, fetch) {
-                Resolution::Refused => None,
+                Resolution::Refused | Resolution::Ignored => None,
                 Resolution::Retry => {
                     Some(map.lookup(hw, Ipa(pa)).filter(permits).expect("a retry that succeeds"))
                 }

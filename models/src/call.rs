@@ -374,7 +374,7 @@ impl Bench {
         let records: &'static [AtomicU16] = fake::records().leak();
         let ram = fake::ram();
         let pages = Pages::new(ram, records).expect("as many records as pages");
-        let uart = std::iter::once(Range { base: UART, size: 4096 });
+        let uart = std::iter::once((Range { base: UART, size: 4096 }, Attributes::Device));
         let host = HostMap::new(&recorder, ram, fake::CARVEOUT, uart).expect("a map");
         for (bank, skip) in ram.banks().iter().zip([fake::CARVEOUT, 0]) {
             for at in (skip..bank.size).step_by(4096) {

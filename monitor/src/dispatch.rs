@@ -71,8 +71,14 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
         Function::VmPopulate => with_vm(a1, |vm| vm.populate(world, a2, a3, &mut [0; 4096]))?,
         Function::VmActivate => {
             let digest = with_vm(a1, |vm| vm.activate(world))?;
-            log!("VM {a1:#x} launched, digest {}", Hex(&digest));
             let [a, b, c, d] = words(&digest);
+            log!(
+                "VM {a1:#x} launched, digest {:016x}{:016x}{:016x}{:016x}",
+                a.to_be(),
+                b.to_be(),
+                c.to_be(),
+                d.to_be()
+            );
             return Ok([a, b, c, d, 0, 0]);
         }
         Function::TimerLoad => {
@@ -138,13 +144,4 @@ fn stats(world: &World) -> [u64; 6] {
         }
     }
     [count, vcpus, census.private, census.table, census.host, census.shared]
-}
-
-/// A digest in hexadecimal.
-struct Hex<'a>(&'a [u8]);
-
-impl core::fmt::Display for Hex<'_> {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
 }

@@ -21,10 +21,7 @@ use havmsi_core::vgic as policy;
 use havmsi_core::vm::{Vm, mpidr_affinity};
 use havmsi_hal::debug::DebugState;
 use havmsi_hal::fpsimd::FpState;
-use havmsi_hal::sysreg::{
-    cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, mdcr_el2,
-    scr_el3, spsr_el2, vdisr_el2, vmpidr_el2,
-};
+use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State, Stage2};
 use havmsi_hal::{barrier, phys, tlb};
@@ -148,7 +145,7 @@ impl Current {
     /// The CPU gets the vCPU's debug registers, its context the host's, until
     /// the exit.
     fn load_debug(&mut self) {
-        mdcr_el2::write(host::MDCR_EL2);
+        reg::mdcr_el2::write(host::MDCR_EL2);
         self.context.debug.swap();
         self.debug_loaded = true;
     }
@@ -191,7 +188,7 @@ fn enter(
     #[cfg(feature = "leave-out")]
     let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(page) } else { entry };
     #[cfg(feature = "leave-out")]
-    let cntvoff = cntvoff_el2::read();
+    let cntvoff = reg::cntvoff_el2::read();
     // Accepted: from here on things change.
     locked.enter(idx)?;
     let current = local.current.insert(Current {
@@ -230,14 +227,14 @@ fn enter(
     }
 
     local.host.save();
-    mdcr_el2::write(host::MDCR_EL2 | MDCR_TDA);
-    cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
-    cnthctl_el2::write(CNTHCTL);
-    cntvoff_el2::write(run.cntvoff);
-    havmsi_core::left_out!(CounterOffset => cntvoff_el2::write(cntvoff));
-    vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
+    reg::mdcr_el2::write(host::MDCR_EL2 | MDCR_TDA);
+    reg::cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
+    reg::cnthctl_el2::write(CNTHCTL);
+    reg::cntvoff_el2::write(run.cntvoff);
+    havmsi_core::left_out!(CounterOffset => reg::cntvoff_el2::write(cntvoff));
+    reg::vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
-    unsafe { scr_el3::write(host::SCR_GUEST) };
+    unsafe { reg::scr_el3::write(host::SCR_GUEST) };
     if run.config.gic != 0 {
         let hcr = entry.ich_hcr & policy::HCR_ALLOWED;
         world.vgic.load(&context.vgic, hcr, entry.lr.get(..used_lrs).unwrap_or(&entry.lr));
@@ -246,7 +243,7 @@ fn enter(
     }
     // This is a guest's DISR_EL1, and would tell it what the last one left there.
     if world.ras {
-        vdisr_el2::write(0);
+        reg::vdisr_el2::write(0);
     }
     let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
     let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);
@@ -317,12 +314,12 @@ pub fn guest_exit(cause: Cause) {
             // Through EL2's vector, or interrupted on the way from there to its
             // `smc`: the exit is what EL2's registers say; an interrupt stays
             // pending.
-            frame.elr = elr_el2::read();
-            frame.spsr = spsr_el2::read();
-            decide(current, esr_el2::read(), true)
+            frame.elr = reg::elr_el2::read();
+            frame.spsr = reg::spsr_el2::read();
+            decide(current, reg::esr_el2::read(), true)
         } else {
             match cause {
-                Cause::Synchronous => decide(current, esr_el3::read(), false),
+                Cause::Synchronous => decide(current, reg::esr_el3::read(), false),
                 Cause::Irq | Cause::Fiq => Some(Exit::default()),
                 Cause::SError => Some(Exit { class: ExitClass::SError, ..Exit::default() }),
             }
@@ -345,7 +342,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
     let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged, idx: current.idx };
     match syndrome.ec() {
         ec::FP if !through_el2 && !current.fp_loaded => {
-            cptr_el3::write(host::CPTR_EL3);
+            reg::cptr_el3::write(host::CPTR_EL3);
             barrier::isb();
             current.context.fp.load();
             current.fp_loaded = true;
@@ -368,7 +365,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
                 context.frame.step();
             }
             context.pending = pending;
-            context.syndrome = (esr, far_el2::read());
+            context.syndrome = (esr, reg::far_el2::read());
             return Some(exit);
         }
         Action::Sgi(exit, sgi) => {
@@ -400,7 +397,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         Action::Fixed { access, value } => context.frame.answer(access, value),
         Action::Skip => context.frame.step(),
         Action::Inject(what) => {
-            let far = if through_el2 { far_el2::read() } else { far_el3::read() };
+            let far = if through_el2 { reg::far_el2::read() } else { reg::far_el3::read() };
             exception::inject(&mut context.frame, what, (esr, far));
         }
     }
@@ -419,7 +416,7 @@ fn leave(host_el1: &El1State, current: &mut Current, why: &Exit) {
     });
     page.tell(WORDS_EXIT_CAUSE, context.vgic.vmcr);
     context.el1.save();
-    cptr_el3::write(host::CPTR_EL3);
+    reg::cptr_el3::write(host::CPTR_EL3);
     if fp {
         barrier::isb();
         context.fp.save();

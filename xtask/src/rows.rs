@@ -15,8 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, attack, bench, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, model,
-    sh, tcb,
+    Ctx, assurance, attack, bench, build, coverage, deny, digest, failure, fuzz, fuzz_host,
+    fuzz_target, image, kernel, miri, model, sh, tcb,
 };
 
 /// One row.
@@ -59,6 +59,8 @@ pub enum Work {
     Bench,
     /// docs/benchmarks is what the committed figures make of it.
     BenchDoc,
+    /// docs/assurance.md and docs/tcb.md are what docs/assurance.json makes of them.
+    AssuranceDoc,
     /// The pure crate against its model, for so many seconds.
     FuzzHost(u64),
     /// Every interleaving in small worlds.
@@ -67,6 +69,12 @@ pub enum Work {
     Reset,
     /// The monitor's panic stops all CPUs.
     Panic,
+    /// Lines of the pure crate that its unit tests execute.
+    Coverage,
+    /// Unit tests of the pure crate in Miri.
+    Miri,
+    /// Licences and origins of all packages.
+    Deny,
     /// Size of the TCB.
     Tcb,
     /// Size of the kernel series.
@@ -106,6 +114,9 @@ pub fn table() -> Vec<Row> {
             Work::Model => "cargo xtask model".to_owned(),
             Work::Attack => "cargo xtask attack".to_owned(),
             Work::Bench => "cargo xtask bench --quick".to_owned(),
+            Work::Coverage => "cargo xtask coverage".to_owned(),
+            Work::Miri => "cargo xtask miri".to_owned(),
+            Work::Deny => "cargo xtask deny".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -138,6 +149,7 @@ pub fn table() -> Vec<Row> {
         packages.iter().for_each(|p| words.extend(["-p", p]));
         add(name.into(), 300, Work::Cargo(words));
     }
+    add("style/deny".into(), 60, Work::Deny);
     // Juno's board: nobody has one here, so all that can be said is that it builds.
     let mut juno = vec!["build", "--release", "-p", "havmsi-monitor", "--target", TARGETS[0]];
     juno.extend([
@@ -155,6 +167,8 @@ pub fn table() -> Vec<Row> {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }
+    add("unit/coverage".into(), 300, Work::Coverage);
+    add("unit/miri".into(), 600, Work::Miri);
     // The pure crate with loom's atomics, and with shuttle's: docs/architecture.md, "Locks".
     for (tool, test) in [("loom", "orders"), ("shuttle", "schedules")] {
         let mut words = vec!["test", "-q", "--locked", "--manifest-path", "schedules/Cargo.toml"];
@@ -170,6 +184,7 @@ pub fn table() -> Vec<Row> {
     add("size/series".into(), 30, Work::Series);
     add("docs/threats".into(), 30, Work::ThreatsDoc);
     add("docs/benchmarks".into(), 30, Work::BenchDoc);
+    add("docs/assurance".into(), 120, Work::AssuranceDoc);
     for what in [
         "wrong-option",
         "wrong-value",
@@ -266,6 +281,15 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
         needs.extend(setup::ALL);
     }
     setup::ensure(ctx, &needs)?;
+    if any(|w| matches!(w, Work::Coverage)) {
+        coverage::build(ctx)?;
+    }
+    if any(|w| matches!(w, Work::Miri)) {
+        miri::prepare(ctx)?;
+    }
+    if any(|w| matches!(w, Work::Deny)) {
+        deny::prepare(ctx)?;
+    }
     if any(|w| matches!(w, Work::Model)) {
         model::build(ctx)?;
     }
@@ -356,13 +380,23 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
         Work::Panic => Ok(Ended::ok(failure::panic(ctx, row.limit)?)),
         Work::Bench => Ok(Ended::ok(bench::quick::row(ctx)?)),
         Work::BenchDoc => Ok(Ended::ok(bench::docs::matching(ctx)?)),
+        Work::AssuranceDoc => Ok(Ended::ok(assurance::matching(ctx)?)),
         Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
+        Work::Coverage => Ok(Ended::ok(coverage::measure(ctx)?.verdict()?)),
+        Work::Miri => Ok(Ended::ok(miri::execute(ctx, &[], Some(row.limit))?.line())),
+        Work::Deny => Ok(Ended::ok(deny::check(ctx, &deny::Args::default())?)),
         Work::Tcb => {
-            let lines = tcb::count(ctx)?.own_lines;
+            let summary = tcb::count(ctx)?;
+            let lines = summary.own_lines;
             if lines >= TCB_LIMIT {
                 bail!("{lines} lines of our own at EL3; the limit is {TCB_LIMIT}");
             }
-            Ok(Ended::ok(format!("{lines} lines of our own at EL3")))
+            summary.stack.verdict()?;
+            let stack = &summary.stack;
+            Ok(Ended::ok(format!(
+                "{lines} lines of our own at EL3; at most {} of {} bytes of stack",
+                stack.bound, stack.size
+            )))
         }
         Work::Series => {
             let stat = kernel::stat(ctx)?;

@@ -258,7 +258,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
                     return Err(Violation::HostOwner(ipa));
                 }
                 veiled += 1;
-            } else if entry != form(Attributes::Device)
+            } else if ![form(Attributes::Device), form(Attributes::DeadDevice)].contains(&entry)
                 || audit.pages.ram().banks().iter().any(|bank| bank.overlaps(&range))
             {
                 return Err(Violation::HostLeaf(ipa, entry));

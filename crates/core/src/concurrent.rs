@@ -16,7 +16,7 @@ use crate::vm::Vm;
 use crate::vm::tests::check;
 
 const RAM: u64 = 0x8000_0000;
-const ROUNDS: u64 = if cfg!(miri) { 20 } else { 600 };
+const ROUNDS: u64 = if cfg!(miri) { 8 } else { 600 };
 /// Pages that both CPUs want.
 const WANTED: u64 = 24;
 

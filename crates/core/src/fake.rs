@@ -29,6 +29,7 @@ use crate::host_map::HostMap;
 use crate::hw::Hardware;
 use crate::page::{Pages, VmSlot};
 use crate::ram::{Ram, Range};
+use crate::stage2::Attributes;
 use crate::stage2::{self, Entry, LEVEL1_SIZE, LEVEL2_SIZE};
 use crate::vm::Machine;
 
@@ -530,7 +531,7 @@ impl<'a> FakeMachine<'a> {
     pub fn with_ram(records: &'a [AtomicU16], ram: Ram, carveout: u64) -> Self {
         let hw = FakeHardware::default();
         let pages = Pages::new(ram, records).expect("enough records");
-        let uart = Range { base: UART, size: PAGE_SIZE };
+        let uart = (Range { base: UART, size: PAGE_SIZE }, Attributes::Device);
         let host = HostMap::new(&hw, ram, carveout, core::iter::once(uart)).expect("a map");
         for (i, bank) in ram.banks().iter().enumerate() {
             let skip = if i == 0 { carveout } else { 0 };

@@ -32,6 +32,8 @@ use crate::stage2::{
 pub enum Resolution {
     /// The map permits it by now: try again.
     Retry,
+    /// It stores to a device that the host may only read: nothing happens.
+    Ignored,
     /// It is not the host's.
     Refused,
 }
@@ -54,7 +56,7 @@ impl HostMap {
         hw: &impl Hardware,
         ram: Ram,
         carveout_size: u64,
-        devices: impl Iterator<Item = Range>,
+        devices: impl Iterator<Item = (Range, Attributes)>,
     ) -> Result<Self, Error> {
         let [first, ..] = *ram.banks();
         let mut map = Self { carveout: Pa(first.base), ram, device_tables: 0 };
@@ -79,8 +81,8 @@ impl HostMap {
                 map.add_ram(hw, Pa(at), Range { base: bank.base + skip, size: bank.size - skip })?;
             }
         }
-        for window in devices {
-            map.add_device(hw, window)?;
+        for (window, attributes) in devices {
+            map.add_device(hw, window, attributes)?;
         }
         Ok(map)
     }
@@ -158,7 +160,12 @@ impl HostMap {
     }
 
     /// At boot: maps a device window, for CPUs only.
-    fn add_device(&mut self, hw: &impl Hardware, window: Range) -> Result<(), Error> {
+    fn add_device(
+        &mut self,
+        hw: &impl Hardware,
+        window: Range,
+        attributes: Attributes,
+    ) -> Result<(), Error> {
         let end = window.base.checked_add(window.size).ok_or(Error::Invalid)?;
         if !window.base.is_multiple_of(PAGE_SIZE)
             || !window.size.is_multiple_of(PAGE_SIZE)
@@ -172,12 +179,12 @@ impl HostMap {
             let ipa = Ipa(at);
             let level2 = self.device_table(hw, self.root(), level1_index(ipa))?;
             if at.is_multiple_of(LEVEL2_SIZE) && end - at >= LEVEL2_SIZE {
-                let entry = Entry::block(Pa(at), Attributes::Device);
+                let entry = Entry::block(Pa(at), attributes);
                 hw.write_entry(level2, level2_index(ipa), entry.0);
                 at += LEVEL2_SIZE;
             } else {
                 let level3 = self.device_table(hw, level2, level2_index(ipa))?;
-                let entry = Entry::page(Pa(at), Attributes::Device);
+                let entry = Entry::page(Pa(at), attributes);
                 hw.write_entry(level3, level3_index(ipa), entry.0);
                 at += PAGE_SIZE;
             }
@@ -320,6 +327,8 @@ impl HostMap {
             && (!execute || entry.is_executable())
         {
             Resolution::Retry
+        } else if write && entry == Entry::page(Pa(ipa.page().0), Attributes::DeadDevice) {
+            Resolution::Ignored
         } else {
             Resolution::Refused
         }

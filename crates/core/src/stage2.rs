@@ -39,6 +39,8 @@ pub enum Attributes {
     ReadOnly,
     /// Device-nGnRE; read, write, execute never.
     Device,
+    /// Device-nGnRE; read only, execute never: the host's stores are ignored.
+    DeadDevice,
 }
 
 impl Attributes {
@@ -46,7 +48,8 @@ impl Attributes {
         match self {
             Self::Memory => MEMATTR_NORMAL_WB | INNER_SHAREABLE | S2AP_READ | S2AP_WRITE,
             Self::ReadOnly => MEMATTR_NORMAL_WB | INNER_SHAREABLE | S2AP_READ | EXECUTE_NEVER,
-            Self::Device => MEMATTR_DEVICE_NGNRE | S2AP_READ | S2AP_WRITE | EXECUTE_NEVER,
+            Self::Device => Self::DeadDevice.bits() | S2AP_WRITE,
+            Self::DeadDevice => MEMATTR_DEVICE_NGNRE | S2AP_READ | EXECUTE_NEVER,
         }
     }
 }

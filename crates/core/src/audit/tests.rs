@@ -355,6 +355,14 @@ fn ranges_of_ram_are_apart_and_whole() {
     assert_eq!(audit(&m, &[&free]), Ok(()));
     free.ram[0] = range(RAM, 0x1000);
     assert_eq!(audit(&m, &[&free]), Err(Violation::NoVm(SLOT)));
+    free.ram[0] = Range::default();
+    assert_eq!(audit(&m, &[&free]), Ok(()));
+    // A page that is its own, where no VM is.
+    let page = m.pages.claim(host_page(9), Owner::Host).unwrap();
+    m.pages.relabel(page, Owner::RunPage(SLOT));
+    free.vcpus[0].exists = true;
+    free.vcpus[0].run_page = host_page(9);
+    assert_eq!(audit(&m, &[&free]), Err(Violation::NoVm(SLOT)));
 }
 
 #[test]

@@ -25,7 +25,7 @@ fn one_bank(size: u64) -> Ram {
 
 fn build(hw: &impl Hardware, ram: Ram, devices: &[Range]) -> Result<HostMap, Error> {
     let size = carveout_size(ram.page_count() * PAGE_SIZE);
-    HostMap::new(hw, ram, size, devices.iter().copied())
+    HostMap::new(hw, ram, size, devices.iter().map(|d| (*d, Attributes::Device)))
 }
 
 /// The entry at each level for an address.
@@ -218,6 +218,10 @@ fn device_windows_take_blocks_where_they_can() {
     };
     assert_eq!(pages(27), None);
     assert_eq!(pages(28), Some(Error::Invalid));
+    // A page of what a block maps already.
+    let twice = [range(at, 2 * MIB), range(at + PAGE_SIZE, PAGE_SIZE)];
+    let map = build(&FakeHardware::default(), one_bank(16 * MIB), &twice);
+    assert_eq!(map.err(), Some(Error::Invalid));
 }
 
 /// The entry at each level of the devices' stage-2.
@@ -497,4 +501,21 @@ fn a_fault_is_retried_if_the_map_permits_the_access_by_now() {
         assert_eq!(resolve(at, true, true), write && execute, "{at:#x}");
     }
     m.pages.settle(page.scrub(&m.hw), Owner::Private(VmSlot(0)));
+}
+
+#[test]
+fn a_store_to_a_dead_device_is_ignored() {
+    let hw = FakeHardware::default();
+    let (dead, beside) = (range(UART, PAGE_SIZE), range(UART + PAGE_SIZE, PAGE_SIZE));
+    let devices = [(dead, Attributes::DeadDevice), (beside, Attributes::Device)];
+    let size = carveout_size(16 * MIB);
+    let mut map = HostMap::new(&hw, one_bank(16 * MIB), size, devices.into_iter()).unwrap();
+    let mut resolve = |at, write, execute| map.resolve(&hw, Ipa(at), write, execute);
+    assert_eq!(resolve(UART + 8, false, false), Resolution::Retry);
+    assert_eq!(resolve(UART + 8, true, false), Resolution::Ignored);
+    assert_eq!(resolve(UART + 8, false, true), Resolution::Refused);
+    assert_eq!(resolve(beside.base, true, false), Resolution::Retry);
+    assert_eq!(resolve(beside.base + PAGE_SIZE, true, false), Resolution::Refused);
+    let leaf = map.lookup(&hw, Ipa(UART)).unwrap();
+    assert!(!leaf.is_writable() && !leaf.is_executable());
 }
