@@ -505,7 +505,9 @@ impl Bench {
         assert!(run.live || end.is_err(), "{:?} ended before it came to where it was", call.op);
         if let Some(Seen::Turn(found)) = run.seen.get_mut(run.known) {
             // What this stretch looked at, to show it again.
-            let asked = if turn == Some(Stop::Look) { run.op.asks_for() } else { 0 };
+            // The claim of a run's next page begins where the act of the last one ends.
+            let looks = matches!(turn, Some(Stop::Look | Stop::Pause));
+            let asked = if looks { run.op.asks_for() } else { 0 };
             let after = run.passed.first().unwrap_or(&records);
             *found = Found::of(&run.records, after, asked);
         }

@@ -324,7 +324,7 @@ fn stats() -> [u64; 8] {
 }
 
 fn batches(o: &Options) -> Outcome {
-    let [_, count, vcpus, private, table, _, host, _] = stats();
+    let [_, count, vcpus, private, table, host, ..] = stats();
     BASELINE.store(host, Ordering::SeqCst);
     audit(0, "at the start")?;
     for batch in o.from..o.from + o.calls.div_ceil(o.batch) {

@@ -259,14 +259,18 @@ impl HostMap {
     ) -> Result<Page<Isolated>, Error> {
         left_out!(Hide => return Ok(page.isolated()));
         left_out!(Ram => if self.level3_table(page.pa()).is_none() { return Ok(page.isolated()) });
+        let mut table = None;
         for pa in page.each() {
-            match self.split_to_page(hw, pa) {
-                Ok(table) => hw.write_entry(table, level3_index(Ipa(pa.0)), Entry::HIDDEN.0),
-                Err(error) => {
-                    pages.unclaim(page);
-                    return Err(error);
-                }
+            let slot = level3_index(Ipa(pa.0));
+            // Each table has 2 MiB.
+            if slot == 0 || table.is_none() {
+                table = self.split_to_page(hw, pa).ok();
             }
+            let Some(table) = table else {
+                pages.unclaim(page);
+                return Err(Error::Denied);
+            };
+            hw.write_entry(table, slot, Entry::HIDDEN.0);
         }
         left_out!(HostTlb => return Ok(page.isolated()));
         Self::invalidate(hw, Ipa(page.pa().0), page.size());

@@ -249,8 +249,15 @@ impl<'a> Pages<'a> {
     pub fn claim_run(&self, pa: Pa, n: u64, owner: Owner) -> Result<Page<Claimed>, Error> {
         let mut run = self.claim(pa, owner)?;
         while run.n < n {
-            let next = self.claim(pa.offset(run.size()), owner);
-            if next.is_err() && !left_out!(EveryPage) {
+            let pa = pa.offset(run.size());
+            let next = self.claim(pa, owner);
+            #[cfg(feature = "leave-out")]
+            let next = if left_out!(EveryPage) {
+                next.or_else(|error| self.claim_from_anyone(pa, owner).ok_or(error))
+            } else {
+                next
+            };
+            if next.is_err() {
                 self.unclaim(run);
                 return next;
             }

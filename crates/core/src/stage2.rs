@@ -132,17 +132,12 @@ pub fn level3_index(ipa: Ipa) -> usize {
     index(ipa.0 / PAGE_SIZE) % ENTRIES
 }
 
-/// Puts `entry` in place of a valid one: break before make, with `forget` to
+/// Puts `entry` in place of the valid one at a table's slot: break before make, with `forget` to
 /// invalidate what TLBs hold of that (Arm ARM D8.17).
-pub(crate) fn replace(
-    hw: &impl Hardware,
-    (table, slot): (Pa, usize),
-    entry: Entry,
-    forget: impl FnOnce(),
-) {
-    hw.write_entry(table, slot, Entry::INVALID.0);
+pub(crate) fn replace(hw: &impl Hardware, at: (Pa, usize), entry: Entry, forget: impl FnOnce()) {
+    hw.write_entry(at.0, at.1, Entry::INVALID.0);
     forget();
-    hw.write_entry(table, slot, entry.0);
+    hw.write_entry(at.0, at.1, entry.0);
 }
 
 /// The block that says the same as all of a table, whose entries are of `size`

@@ -335,15 +335,10 @@ impl Vm {
         Ok(())
     }
 
-    /// Takes `size` bytes of the host's from `pa` on, if they can go to `ipa`; nothing
-    /// shows them any more. Whose they are comes first, before a lack of tables is told.
-    fn take_for(
-        &self,
-        m: &impl Machine,
-        ipa: Ipa,
-        pa: Pa,
-        size: u64,
-    ) -> Result<Page<Isolated>, Error> {
+    /// Takes pages of the host's, if they can go to `ipa`; nothing shows them any more.
+    /// Whose they are comes first, before a lack of tables is told.
+    fn take_for(&self, m: &impl Machine, ipa: Ipa, run: Range) -> Result<Page<Isolated>, Error> {
+        let (pa, size) = (Pa(run.base), run.size);
         if !ipa.is_page() {
             return Err(Error::Invalid);
         }
@@ -381,7 +376,8 @@ impl Vm {
         self.in_phase(Phase::Open)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         self.launch.check(ipa)?;
-        let page = self.take_for(m, ipa, pa, PAGE_SIZE)?.measure(m.hw(), buffer);
+        let page =
+            self.take_for(m, ipa, Range { base: pa.0, size: PAGE_SIZE })?.measure(m.hw(), buffer);
         self.launch.add_page(ipa, buffer);
         self.map.map(m, ipa, page)
     }
@@ -430,7 +426,7 @@ impl Vm {
         if size == 0 || size > most || !size.is_multiple_of(PAGE_SIZE) {
             return Err(Error::Invalid);
         }
-        let page = self.take_for(m, ipa, pa, size)?.scrub(m.hw());
+        let page = self.take_for(m, ipa, Range { base: pa.0, size })?.scrub(m.hw());
         self.map.map(m, ipa, page)
     }
 
