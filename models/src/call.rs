@@ -35,6 +35,7 @@ use havmsi_core::hw::Hardware;
 use havmsi_core::launch::{Boot as Entrypoint, Config};
 use havmsi_core::page::{Owner, Pages, VmSlot};
 use havmsi_core::ram::Range;
+use havmsi_core::stage2::Attributes;
 use havmsi_core::vm::{Machine, Vm};
 
 use crate::memory::{Boot, Memory, Recorder, word};
