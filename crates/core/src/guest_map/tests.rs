@@ -356,3 +356,13 @@ fn a_teardown_finds_the_pages_of_a_block() {
     assert_eq!(m.pages.census().table, 0);
     assert_eq!(m.host_leaf(MEMORY), Some(Entry::block(MEMORY, Attributes::Memory)));
 }
+
+#[test]
+fn the_page_that_came_last_is_in_the_row_or_there_is_no_block() {
+    let records = records();
+    let m = FakeMachine::new(&records);
+    let mut map = map(&m, 2);
+    map.map(&m, BLOCK, run(&m, MEMORY, 511)).unwrap();
+    map.map(&m, Ipa(BLOCK.0 + LEVEL2_SIZE - PAGE_SIZE), clean(&m, 40)).unwrap();
+    assert!(!level2(&m, &map).1.is_block());
+}
