@@ -139,7 +139,7 @@ pub enum Error {
     Denied = -2,
     /// An argument is malformed.
     Invalid = -3,
-    /// Table memory is short; `x1` = pages wanted. Or no slot is free (`x1` = 0).
+    /// Table memory is short; `x1` = pages that suffice. Or no slot is free (`x1` = 0).
     NoMemory = -4,
     /// In use on another CPU.
     Busy = -5,

@@ -32,7 +32,7 @@ fn memory() -> u64 {
 /// Gives the VM all of it, for a block at `ipa`.
 #[track_caller]
 fn map(vm: &Vm, ipa: u64, memory: u64) -> Outcome {
-    for at in (0..BLOCK_SIZE).step_by(MOST as usize) {
+    for at in (0..BLOCK_SIZE / MOST).map(|n| n * MOST) {
         vm.call(Function::PageMap, &[ipa + at, memory + at, MOST])?;
     }
     Ok(())
@@ -144,7 +144,7 @@ fn a_block_has_one_place() -> Outcome {
         expect!(open.call(Function::VcpuCreate, &[0, pa]), Err(DENIED));
         expect!(open.call(Function::VmPopulate, &[FREE, pa]), Err(DENIED));
     }
-    for at in (0..BLOCK_SIZE).step_by(MOST as usize) {
+    for at in (0..BLOCK_SIZE / MOST).map(|n| n * MOST) {
         expect!(vm.call(Function::PageMap, &[AT + at, memory + at, MOST]), Err(DENIED));
         expect!(other.call(Function::PageMap, &[AT + at, memory + at, MOST]), Err(DENIED));
     }
@@ -153,7 +153,7 @@ fn a_block_has_one_place() -> Outcome {
     guest.vm.destroy()?;
     is_back(memory)?;
     // Another VM's, in another order: pages as ever.
-    for at in (0..BLOCK_SIZE).step_by(MOST as usize) {
+    for at in (0..BLOCK_SIZE / MOST).map(|n| n * MOST) {
         let to = AT + BLOCK_SIZE - MOST - at;
         other.call(Function::PageMap, &[to, memory + at, MOST])?;
     }
@@ -303,7 +303,7 @@ fn while_it_runs() -> Outcome {
         cpu::start(1, count, 0)?;
         let end = cpu::now() + cpu::milliseconds(1 + round % 3);
         while cpu::now() < end {}
-        for at in (MOST..BLOCK_SIZE).step_by(MOST as usize) {
+        for at in (1..BLOCK_SIZE / MOST).map(|n| n * MOST) {
             vm.call(Function::PageMap, &[AT + at, memory + at, MOST])?;
         }
         let end = cpu::now() + cpu::milliseconds(1 + round % 3);
