@@ -44,10 +44,6 @@ const SECRET: u64 = 0x5ec0;
 
 type Called<T = ()> = Result<T, Error>;
 
-fn refused(error: Error) -> Error {
-    error
-}
-
 /// What all CPUs share.
 struct Board<'a> {
     m: FakeMachine<'a>,
@@ -84,7 +80,7 @@ impl<'a> Board<'a> {
                 result => return Ok(result?),
             }
         }
-        Err(refused(Error::NoMemory))
+        Err(Error::NoMemory)
     }
 
     fn take_context(&self) -> Option<u16> {
@@ -130,7 +126,7 @@ impl<'a> Board<'a> {
             let mut vm = vm.lock().unwrap();
             if vm.exists() {
                 vm.destroy(&self.m, |context| self.free_context(context))?;
-                return Err(refused(Error::Again));
+                return Err(Error::Again);
             }
         }
         Ok(())
@@ -225,7 +221,7 @@ impl<'a> Board<'a> {
         self.m.hw.crowded.0.store(false, Relaxed);
         self.check();
         while let Err(error) = self.host_reset() {
-            assert_eq!(error, refused(Error::Again));
+            assert_eq!(error, Error::Again);
         }
         self.check();
         assert_eq!(self.m.pages.census(), self.census);
@@ -239,7 +235,7 @@ impl<'a> Board<'a> {
 fn patient<T>(mut f: impl FnMut() -> Called<T>) -> Called<T> {
     for _ in 1..TRIES {
         match f() {
-            Err(Error::Other(Error::Again | Error::Busy)) => {}
+            Err(Error::Again | Error::Busy) => {}
             result => return result,
         }
     }
@@ -271,7 +267,7 @@ fn one_page_for_two(board: &Board<'_>) {
         (Ok(()), Err(error)) | (Err(error), Ok(())) => error,
         both => panic!("{both:?}"),
     };
-    assert!(matches!(error, Error::Other(Error::Again | Error::Denied)), "{error:?}");
+    assert!(matches!(error, Error::Again | Error::Denied), "{error:?}");
 }
 
 /// One VM wants one page at two places: it gets one.
@@ -297,10 +293,7 @@ fn handed_on(board: &Board<'_>) {
                 || {
                     (0..TRIES).any(|_| {
                         let result = board.map(b, RAM, page);
-                        assert!(matches!(
-                            result,
-                            Ok(()) | Err(Error::Other(Error::Again | Error::Denied))
-                        ));
+                        assert!(matches!(result, Ok(()) | Err(Error::Again | Error::Denied)));
                         result.is_ok()
                     })
                 },
@@ -326,12 +319,12 @@ fn destroyed_while_it_runs(board: &Board<'_>) {
         }
     };
     let (ran, destroyed) = both(board, || board.run(a, 0, guest), || patient(|| board.destroy(a)));
-    assert!(matches!(ran, Ok(()) | Err(Error::Other(Error::State | Error::Invalid))), "{ran:?}");
+    assert!(matches!(ran, Ok(()) | Err(Error::State | Error::Invalid)), "{ran:?}");
     if destroyed.is_ok() {
         assert!(board.m.hw.is_zero(page));
         assert_eq!(board.m.pages.owner(page), Some(Owner::Host));
     } else {
-        assert_eq!(destroyed, Err(refused(Error::Busy)));
+        assert_eq!(destroyed, Err(Error::Busy));
     }
 }
 
@@ -373,7 +366,7 @@ fn stale_handle(board: &Board<'_>) {
         assert_ne!(a, b);
         assert_eq!(board.m.pages.census().private, 0, "the old handle reached the new VM");
     }
-    assert!(matches!(mapped, Ok(()) | Err(Error::Other(Error::State | Error::Invalid))));
+    assert!(matches!(mapped, Ok(()) | Err(Error::State | Error::Invalid)));
 }
 
 /// A VM gets pages and loses pages at once, at places that share tables.
@@ -459,13 +452,11 @@ fn anything(board: &Board<'_>) {
                     result,
                     Ok(())
                         | Err(Error::NoMemory
-                            | Error::Other(
-                                Error::Again
-                                    | Error::Busy
-                                    | Error::Denied
-                                    | Error::Invalid
-                                    | Error::State
-                            ))
+                            | Error::Again
+                            | Error::Busy
+                            | Error::Denied
+                            | Error::Invalid
+                            | Error::State)
                 ),
                 "{result:?}"
             );
