@@ -77,7 +77,7 @@ impl<'a> Board<'a> {
             let slot = VmSlot(n);
             match vm.lock().unwrap().create(slot, root(slot), CONFIG, 0) {
                 Err(Error::Busy) => {}
-                result => return Ok(result?),
+                result => return result,
             }
         }
         Err(Error::NoMemory)
