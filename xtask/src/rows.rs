@@ -15,8 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, assurance, attack, bench, build, coverage, deny, digest, failure, fuzz, fuzz_host,
-    fuzz_target, image, kernel, miri, model, sh, tcb,
+    Ctx, assurance, attack, bench, build, coverage, deny, failure, fuzz, fuzz_host, fuzz_target,
+    image, kernel, miri, model, sh, tcb,
 };
 
 /// One row.
@@ -47,8 +47,6 @@ pub enum Work {
     /// A kernel and firmware that don't match: the monitor is wanted and not there, or (on its own
     /// machine) there and not wanted. With `/dev/kvm` expected or not.
     Mismatch(Kind, bool),
-    /// The digest computed twice equals what the monitor reports.
-    Digest(u32),
     /// Test monitors can leave checks out, no other can.
     LeaveOut,
     /// All threats, each on its control and under HA-VMSI.
@@ -210,8 +208,6 @@ pub fn table() -> Vec<Row> {
     add("linux/no-monitor/el2".into(), 90, Work::Mismatch(Kind::Control, true));
     add("linux/no-monitor/el1".into(), 90, Work::Mismatch(Kind::Bare, false));
     add("linux/monitor-not-wanted".into(), 90, Work::Mismatch(Kind::Havmsi, false));
-    add("linux/digest/gic3".into(), 240, Work::Digest(3));
-    add("linux/digest/gic2".into(), 240, Work::Digest(2));
     for (gic, cpu) in [(3, a57), (2, a57), (3, n1), (2, n1)] {
         add(format!("linux/run/gic{gic}/{}", cpu.name()), 420, Work::Run(gic, cpu));
     }
@@ -265,7 +261,6 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
                 | Work::Bench
                 | Work::Job(..)
                 | Work::Mismatch(..)
-                | Work::Digest(_)
                 | Work::Cli(_)
         )
     });
@@ -362,7 +357,6 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
             }
         }
         Work::Mismatch(kind, kvm) => mismatch(ctx, *kind, *kvm, row.limit),
-        Work::Digest(gic) => digests(ctx, *gic, row.limit),
         Work::LeaveOut => {
             build::no_release_leaves_out(ctx)?;
             build::test_monitor(ctx)?;
@@ -553,35 +547,6 @@ fn mismatch(ctx: &Ctx, kind: Kind, kvm: bool, limit: Duration) -> Result<Ended> 
         Some((true, _)) => Ok(Ended::ok(said.trim().to_owned())),
         _ => bail!("the host did not come through; see {}", ctx.log_dir.display()),
     }
-}
-
-/// The digest, computed twice, and what the monitor measured, of two guests and of two boots.
-fn digests(ctx: &Ctx, gic: u32, limit: Duration) -> Result<Ended> {
-    let guest = digest::Args::guest(2, gic);
-    let computed = [digest::compute(ctx, &guest)?, digest::compute(ctx, &guest)?];
-    if computed[0] != computed[1] {
-        bail!("computed twice: {} and {}", computed[0], computed[1]);
-    }
-    for boot in 1..=2 {
-        let args =
-            run::Args { gic, no_control: true, job: "boot".to_owned(), ..run::Args::default() };
-        let config = run::configure(ctx, &args, Kind::Havmsi)?;
-        let outcome =
-            job::run(&config, &ctx.log_dir.join(format!("boot{boot}")), limits(limit), |_| ())?;
-        let launches = outcome.launches();
-        if launches.len() < 2 {
-            bail!("boot {boot}: the monitor reported {} launches, expected 2", launches.len());
-        }
-        for (vm, measured) in launches {
-            if measured != computed[0] {
-                bail!(
-                    "boot {boot}: the monitor measured {measured} for VM {vm:#x}, computed was {}",
-                    computed[0]
-                );
-            }
-        }
-    }
-    Ok(Ended::ok(computed[0].clone()))
 }
 
 /// True if a folder has no entry of a kind.
