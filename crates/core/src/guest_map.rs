@@ -104,7 +104,7 @@ impl GuestMap {
     /// # Errors
     /// [`Error::Denied`] if some of it is mapped, or was and is lost until the VM
     /// is reset, [`Error::Invalid`] if it takes more than one table's
-    /// pages; [`Error::Tables`] if the pool is short.
+    /// pages; [`Error::NoMemory`] if the pool is short.
     pub fn check(&self, hw: &impl Hardware, ipa: Ipa, size: u64) -> Result<(), Error> {
         if ipa.0 % LEVEL2_SIZE + size > LEVEL2_SIZE {
             return Err(Error::Invalid);
