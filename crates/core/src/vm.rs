@@ -412,7 +412,7 @@ impl Vm {
     /// # Errors
     /// [`Error::State`] before activation, [`Error::Invalid`] for a malformed
     /// address or size, [`Error::Denied`] if at `ipa` is no RAM or something mapped, or a
-    /// page is not the host's; [`Error::Tables`] if the pool is short.
+    /// page is not the host's; [`Error::NoMemory`] if the pool is short.
     pub fn map_pages(
         &mut self,
         m: &impl Machine,
