@@ -29,12 +29,12 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use havmsi_abi::Error;
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::fake::{self, UART, host_page, root};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::host_map::{HostMap, Resolution};
 use havmsi_core::hw::Hardware;
 use havmsi_core::launch::{Boot as Entrypoint, Config};
 use havmsi_core::page::{Owner, Pages, VmSlot};
 use havmsi_core::ram::Range;
+use havmsi_core::stage2::Attributes;
 use havmsi_core::vm::{Machine, Vm};
 
 use crate::memory::{Boot, Memory, Recorder, word};
@@ -158,7 +158,7 @@ impl Op {
         }
     }
 
-    fn carry_out(self, m: &Bench, vm: &mut Vm) -> Result<(), MapError> {
+    fn carry_out(self, m: &Bench, vm: &mut Vm) -> Result<(), Error> {
         match self {
             Self::Create(n) => {
                 vm.create(VmSlot(n), root(VmSlot(n)), CONFIG, 0)?;
@@ -192,7 +192,7 @@ impl Op {
                 let ipa = Ipa(page(pa).0);
                 let to = m.with_host_map(|map| map.resolve(m, ipa, false, false));
                 if to == Resolution::Refused {
-                    return Err(Error::Denied.into());
+                    return Err(Error::Denied);
                 }
             }
         }
@@ -223,12 +223,12 @@ pub enum Stop {
     Seal(Pa),
     /// All instruction caches forget.
     InvalidateIcache,
-    /// The host's TLBs forget an address.
-    InvalidateHost(Ipa),
-    /// The SMMU forgets an address.
-    InvalidateDevices(Ipa),
-    /// A VM's TLBs forget an address: `VTTBR_EL2`, address.
-    InvalidateGuest(u64, Ipa),
+    /// The host's TLBs forget so many bytes from an address on.
+    InvalidateHost(Ipa, u64),
+    /// The SMMU forgets them.
+    InvalidateDevices(Ipa, u64),
+    /// A VM's TLBs forget them: `VTTBR_EL2`, address, size.
+    InvalidateGuest(u64, Ipa, u64),
     /// A VM's TLBs forget all.
     InvalidateGuestAll(u64),
 }
@@ -287,7 +287,7 @@ pub enum Outcome {
     /// At the next stop.
     Stopped(Stop, Vec<Seen>),
     /// With a result; the VM is this now.
-    Ended(Result<(), MapError>, Box<Vm>),
+    Ended(Result<(), Error>, Box<Vm>),
     /// By a panic.
     Panicked(String),
 }
@@ -376,7 +376,7 @@ impl Bench {
         let records: &'static [AtomicU16] = fake::records().leak();
         let ram = fake::ram();
         let pages = Pages::new(ram, records).expect("as many records as pages");
-        let uart = std::iter::once(Range { base: UART, size: 4096 });
+        let uart = std::iter::once((Range { base: UART, size: 4096 }, Attributes::Device));
         let host = HostMap::new(&recorder, ram, fake::CARVEOUT, uart).expect("a map");
         for (bank, skip) in ram.banks().iter().zip([fake::CARVEOUT, 0]) {
             for at in (skip..bank.size).step_by(4096) {
@@ -507,7 +507,9 @@ impl Bench {
         assert!(run.live || end.is_err(), "{:?} ended before it came to where it was", call.op);
         if let Some(Seen::Turn(found)) = run.seen.get_mut(run.known) {
             // What this stretch looked at, to show it again.
-            let asked = if turn == Some(Stop::Look) { run.op.asks_for() } else { 0 };
+            // The claim of a run's next page begins where the act of the last one ends.
+            let looks = matches!(turn, Some(Stop::Look | Stop::Pause));
+            let asked = if looks { run.op.asks_for() } else { 0 };
             let after = run.passed.first().unwrap_or(&records);
             *found = Found::of(&run.records, after, asked);
         }
@@ -632,16 +634,16 @@ impl Hardware for Bench {
         self.stop(Stop::InvalidateIcache);
     }
 
-    fn invalidate_host(&self, ipa: Ipa) {
-        self.stop(Stop::InvalidateHost(ipa));
+    fn invalidate_host(&self, ipa: Ipa, size: u64) {
+        self.stop(Stop::InvalidateHost(ipa, size));
     }
 
-    fn invalidate_devices(&self, ipa: Ipa) {
-        self.stop(Stop::InvalidateDevices(ipa));
+    fn invalidate_devices(&self, ipa: Ipa, size: u64) {
+        self.stop(Stop::InvalidateDevices(ipa, size));
     }
 
-    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa) {
-        self.stop(Stop::InvalidateGuest(vttbr, ipa));
+    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa, size: u64) {
+        self.stop(Stop::InvalidateGuest(vttbr, ipa, size));
         self.stop(Stop::Done);
     }
 

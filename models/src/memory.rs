@@ -58,9 +58,9 @@ impl Hardware for Recorder {
         unreachable!("boot measures no page");
     }
     fn invalidate_icache(&self) {}
-    fn invalidate_host(&self, _: Ipa) {}
-    fn invalidate_devices(&self, _: Ipa) {}
-    fn invalidate_guest(&self, _: u64, _: Ipa) {}
+    fn invalidate_host(&self, _: Ipa, _: u64) {}
+    fn invalidate_devices(&self, _: Ipa, _: u64) {}
+    fn invalidate_guest(&self, _: u64, _: Ipa, _: u64) {}
     fn invalidate_guest_all(&self, _: u64) {}
 }
 

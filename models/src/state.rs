@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use havmsi_abi::Error;
 use havmsi_core::addr::{Ipa, Pa};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::page::Owner;
 use havmsi_core::stage2::{Attributes, Entry};
 use havmsi_core::vm::Vm;
@@ -127,7 +126,7 @@ pub trait Known {
     /// Hosts and guests write whatever they can, as soon as they can.
     fn eager(&self) -> bool;
     /// A call came to its end.
-    fn ended(&self, op: Op, result: &Result<(), MapError>);
+    fn ended(&self, op: Op, result: &Result<(), Error>);
 }
 
 impl State {
@@ -247,24 +246,17 @@ impl State {
     }
 
     /// A call came to its end: its locks are free.
-    fn end(
-        &mut self,
-        k: &impl Known,
-        cpu: usize,
-        call: &Call,
-        result: &Result<(), MapError>,
-        vm: Vm,
-    ) {
+    fn end(&mut self, k: &impl Known, cpu: usize, call: &Call, result: &Result<(), Error>, vm: Vm) {
         k.ended(call.op, result);
         if self.map_lock.map(usize::from) == Some(cpu) {
             self.map_lock = None;
         }
         if let Some(number) = call.vm {
             let after = if *k.vm(number) == vm { number } else { k.number(vm) };
-            let step = matches!(call.op, Op::Reset(_) | Op::Destroy(_))
-                && *result == Err(Error::Again.into());
+            let step =
+                matches!(call.op, Op::Reset(_) | Op::Destroy(_)) && *result == Err(Error::Again);
             // The VM has stopped, and has no other page.
-            let stops = *result == Err(Error::Integrity.into()) && after != number;
+            let stops = *result == Err(Error::Integrity) && after != number;
             if result.is_err() && !step && !stops && (after != number || call.acted) {
                 self.break_promise(Broken::I9, || {
                     format!("{:?} was refused ({result:?}) and changed something", call.op)
@@ -338,11 +330,11 @@ impl State {
                 call.copied = self.memory.get(k.trees().boot(), word(pa, DATA));
             }
             Stop::InvalidateIcache => self.code = 0,
-            Stop::InvalidateHost(ipa) => self.forget(ipa, World::Host),
-            Stop::InvalidateDevices(ipa) => self.forget(ipa, World::Devices),
-            Stop::InvalidateGuest(vttbr, ipa) => {
+            Stop::InvalidateHost(ipa, size) => self.forget(ipa, size, World::Host),
+            Stop::InvalidateDevices(ipa, size) => self.forget(ipa, size, World::Devices),
+            Stop::InvalidateGuest(vttbr, ipa, size) => {
                 if let Some(vm) = k.trees().vm_of(vttbr) {
-                    self.forget(ipa, World::Vm(vm));
+                    self.forget(ipa, size, World::Vm(vm));
                 }
             }
             Stop::InvalidateGuestAll(vttbr) => {
@@ -357,9 +349,9 @@ impl State {
         }
     }
 
-    fn forget(&mut self, ipa: Ipa, world: World) {
+    fn forget(&mut self, Ipa(ipa): Ipa, size: u64, world: World) {
         let hit = |stale: &Stale| {
-            stale.world == world && stale.ipa <= ipa.0 && ipa.0 - stale.ipa < stale.size
+            stale.world == world && stale.ipa < ipa + size && ipa < stale.ipa + stale.size
         };
         if self.stale.iter().any(hit) {
             Arc::make_mut(&mut self.stale).retain(|stale| !hit(stale));
@@ -411,8 +403,8 @@ impl State {
                         format!("no break before make at {ipa:#x} of {:?}", place.world)
                     });
                 }
-                if vm.is_none() && place.is_table(old) {
-                    self.break_promise(Broken::I3, || format!("a host's table goes: {ipa:#x}"));
+                if place.world == World::Devices && place.is_table(old) {
+                    self.break_promise(Broken::I3, || format!("a devices' table goes: {ipa:#x}"));
                 }
                 if cached {
                     let stale = Arc::make_mut(&mut self.stale);

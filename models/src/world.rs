@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use havmsi_abi::Error;
 use havmsi_core::audit::{Audit, Violation};
 use havmsi_core::fake;
-use havmsi_core::guest_map::MapError;
 use havmsi_core::vm::Vm;
 use stateright::{Model, Property};
 
@@ -101,13 +101,12 @@ impl Known for Small {
         self.scenario.eager
     }
 
-    fn ended(&self, op: Op, result: &Result<(), MapError>) {
+    fn ended(&self, op: Op, result: &Result<(), Error>) {
         let name = format!("{op:?}");
         let name = name.split('(').next().unwrap_or_default();
         let end = match result {
             Ok(()) => "done".to_owned(),
-            Err(MapError::Tables(_)) => "NoMemory".to_owned(),
-            Err(MapError::Other(error)) => format!("{error:?}"),
+            Err(error) => format!("{error:?}"),
         };
         let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         *ends.entry(format!("{name}: {end}")).or_default() += 1;
@@ -264,9 +263,9 @@ mod reader {
             unreachable!("the audit measures nothing");
         }
         fn invalidate_icache(&self) {}
-        fn invalidate_host(&self, _: Ipa) {}
-        fn invalidate_devices(&self, _: Ipa) {}
-        fn invalidate_guest(&self, _: u64, _: Ipa) {}
+        fn invalidate_host(&self, _: Ipa, _: u64) {}
+        fn invalidate_devices(&self, _: Ipa, _: u64) {}
+        fn invalidate_guest(&self, _: u64, _: Ipa, _: u64) {}
         fn invalidate_guest_all(&self, _: u64) {}
     }
 }

@@ -91,7 +91,7 @@ mod left_out {
         breaks(Check::OwnerLate, scenarios::pages(2), &["I9"]);
         breaks(Check::ClaimOnce, scenarios::pages(1), &["I1"]);
         breaks(Check::ClaimOnce, scenarios::pool(1), &["I1"]);
-        breaks(Check::EveryPage, scenarios::pool(1), &["I1"]);
+        breaks(Check::EveryPage, scenarios::pool(3), &["I1"]);
         breaks(Check::RunPage, scenarios::boot(1), &["I1"]);
     }
 

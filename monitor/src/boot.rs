@@ -109,7 +109,7 @@ fn first() -> ! {
     let starts = pen(MAX_CPUS)[1].load(Ordering::Relaxed).wrapping_add(1);
     set_pen(MAX_CPUS, 1, starts);
     if let Some(seed) = &facts.seed {
-        vms::seed(seed, starts);
+        vms::RANDOM.lock().seed(seed, starts);
     }
     if pen(MAX_CPUS)[0].load(Ordering::Relaxed) == VMS_RAN {
         wipe(&facts, Range { base: dtb, size: facts.images });

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The calls of the host that are the monitor's own (`docs/abi.md`).
 
-use havmsi_abi::{Error, FEATURE_SEALING, Function, MAX_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION};
+use havmsi_abi::{Error, Function, MAX_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION};
 use havmsi_core::addr::{Pa, words};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::launch::{Boot, Config};
-use havmsi_core::vm::{Machine, Vm};
+use havmsi_core::page::{Owner, VmSlot};
+use havmsi_core::vm::Vm;
 use havmsi_hal::sysreg::{cntpct_el0, cntvoff_el2};
 
 use crate::host::{self, World};
@@ -24,25 +24,24 @@ pub fn host_call(function: u32, args: &[u64; 8]) -> Results {
     if function == havmsi_abi::AUDIT_CALL {
         return [crate::audit::call(args[1]), 0, 0, 0, 0, 0, 0];
     }
-    let result = match Function::from_id(function) {
-        None => Err(Error::NotSupported.into()),
-        Some(function) => call(host::world(), function, args),
-    };
-    let refused = |error: Error, x1| [error.code().cast_unsigned(), x1, 0, 0, 0, 0, 0];
+    let known = Function::from_id(function);
+    let result = known.map_or(Err(Error::NotSupported), |known| call(host::world(), known, args));
+    // What a call maps lacks a table of level 2 and one of level 3 at most.
+    let maps = matches!(known, Some(Function::VmPopulate | Function::PageMap | Function::MapDev));
     match result {
         Ok([a, b, c, d, e, f]) => [SUCCESS.cast_unsigned(), a, b, c, d, e, f],
-        Err(MapError::Tables(pages)) => refused(Error::NoMemory, pages),
-        Err(MapError::Other(error)) => refused(error, 0),
+        Err(error) => {
+            let wanted = if maps && error == Error::NoMemory { 2 } else { 0 };
+            [error.code().cast_unsigned(), wanted, 0, 0, 0, 0, 0]
+        }
     }
 }
 
 /// All calls but VCPU_RUN, with `x1` on if they return something there.
-fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], MapError> {
+fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], Error> {
     let [_, a1, a2, a3, a4, a5, a6, a7] = *args;
     match function {
-        Function::Version => {
-            return Ok([VERSION, vms::random().map_or(0, |_| FEATURE_SEALING), 0, 0, 0, 0]);
-        }
+        Function::Version => return Ok([VERSION, 0, 0, 0, 0, 0]),
         Function::CpuInfo => {
             return Ok([world.vgic.vtr(), world.gic.version(), MAX_IPA_BITS, 0, 0, 0]);
         }
@@ -51,14 +50,14 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
                 match vm.lock().destroy(world, vms::free_context) {
                     // No VM in this slot.
                     Err(Error::State) => {}
-                    step => return Err(step.err().unwrap_or(Error::Again).into()),
+                    step => return Err(step.err().unwrap_or(Error::Again)),
                 }
             }
         }
         Function::VmCreate => {
             let config = Config { max_vcpus: a1, gic: a2, ipa_bits: a3 };
             if config.gic != 0 && config.gic != world.gic.version() {
-                return Err(Error::Invalid.into());
+                return Err(Error::Invalid);
             }
             return create(config);
         }
@@ -73,8 +72,14 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
         Function::VmPopulate => with_vm(a1, |vm| vm.populate(world, a2, a3, &mut [0; 4096]))?,
         Function::VmActivate => {
             let digest = with_vm(a1, |vm| vm.activate(world))?;
-            log!("VM {a1:#x} launched, digest {}", Hex(&digest));
             let [a, b, c, d] = words(&digest);
+            log!(
+                "VM {a1:#x} launched, digest {:016x}{:016x}{:016x}{:016x}",
+                a.to_be(),
+                b.to_be(),
+                c.to_be(),
+                d.to_be()
+            );
             return Ok([a, b, c, d, 0, 0]);
         }
         Function::TimerLoad => {
@@ -82,10 +87,9 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
             let offset = if a1 == 0 { 0 } else { with_vm(a1, |vm| Ok::<_, Error>(vm.cntvoff()))? };
             cntvoff_el2::write(offset);
         }
-        Function::PageMap if a4 != havmsi_abi::PAGE_SIZE => return Err(Error::Invalid.into()),
         Function::PageMap => {
-            let result = with_vm(a1, |vm| vm.map_page(world, a2, a3, [a5, a6]));
-            if result == Err(Error::Integrity.into()) {
+            let result = with_vm(a1, |vm| vm.map_pages(world, a2, a3, a4, [a5, a6]));
+            if result == Err(Error::Integrity) {
                 log!("VM {a1:#x} stopped: what came back at {a2:#x} is not what was sealed");
             }
             result?;
@@ -98,7 +102,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
             if !platform::is_virtual_cpu_interface(a3, world.gic.version())
                 && !havmsi_core::left_out!(DeviceList)
             {
-                return Err(Error::Denied.into());
+                return Err(Error::Denied);
             }
             with_vm(a1, |vm| vm.map_device(world, a2, Pa(a3)))?;
         }
@@ -107,37 +111,36 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
         Function::VmDestroy => with_vm(a1, |vm| vm.destroy(world, vms::free_context))?,
         Function::Stats => return Ok(stats(world)),
         // Of a guest whose calls a test monitor takes for the host's.
-        Function::VcpuRun => return Err(Error::NotSupported.into()),
+        Function::VcpuRun => return Err(Error::NotSupported),
     }
     Ok([0; 6])
 }
 
-fn with_vm<T, E: Into<MapError>>(
-    handle: u64,
-    f: impl FnOnce(&mut Vm) -> Result<T, E>,
-) -> Result<T, MapError> {
+fn with_vm<T>(handle: u64, f: impl FnOnce(&mut Vm) -> Result<T, Error>) -> Result<T, Error> {
     let (_, vm) = vms::by_handle(handle)?;
     let mut vm = vm.lock();
     vm.check_handle(handle)?;
-    f(&mut vm).map_err(Into::into)
+    f(&mut vm)
 }
 
-fn create(config: Config) -> Result<[u64; 6], MapError> {
+fn create(config: Config) -> Result<[u64; 6], Error> {
     // The guest's counter starts at 0 with its VM.
     let cntvoff = cntpct_el0::read();
+    let key = vms::RANDOM.lock().random().ok_or(Error::NotSupported)?;
     boot::vms_ran();
     for (slot, vm) in vms::all() {
-        match vm.lock().create(slot, vms::root(slot), config, cntvoff) {
+        match vm.lock().create(slot, vms::root(slot), config, cntvoff, key) {
             Ok(handle) => return Ok([handle, cntvoff, 0, 0, 0, 0]),
             Err(Error::Busy) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         }
     }
-    Err(Error::NoMemory.into())
+    Err(Error::NoMemory)
 }
 
 fn stats(world: &World) -> [u64; 6] {
-    let census = world.pages().census();
+    let n = |owner| world.pages.count(owner);
+    let (private, shared) = (Owner::Private(VmSlot(0)), Owner::Shared(VmSlot(0)));
     let (mut count, mut vcpus) = (0, 0);
     for (_, vm) in vms::all() {
         let vm = vm.lock();
@@ -146,14 +149,5 @@ fn stats(world: &World) -> [u64; 6] {
             vcpus += vm.vcpu_count() as u64;
         }
     }
-    [count, vcpus, census.private, census.table, census.shared, census.host]
-}
-
-/// A digest in hexadecimal.
-struct Hex<'a>(&'a [u8]);
-
-impl core::fmt::Display for Hex<'_> {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
+    [count, vcpus, n(private), n(Owner::Table(VmSlot(0))), n(Owner::Host), n(shared)]
 }

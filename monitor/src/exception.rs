@@ -13,10 +13,7 @@ use havmsi_core::exit::{
 };
 use havmsi_core::idreg::{self, World};
 use havmsi_core::inject::{self, spsr};
-use havmsi_hal::sysreg::{
-    elr_el1, elr_el2, elr_el3, esr_el1, esr_el2, esr_el3, far_el1, far_el2, far_el3, hpfar_el2,
-    midr_el1, sctlr_el1, spsr_el1, spsr_el2, vbar_el1,
-};
+use havmsi_hal::sysreg as reg;
 use havmsi_hal::{barrier, tlb};
 
 use crate::cpu::{Frame, this_cpu};
@@ -36,8 +33,8 @@ pub extern "C" fn exception_from_lower(cause: Cause) -> ! {
         // In the EL2 vector, at its `smc` or ahead of it (an interrupt came
         // first and comes again): what counts is what brought it there.
         cpu.with_host(|frame| {
-            frame.elr = elr_el2::read();
-            frame.spsr = spsr_el2::read();
+            frame.elr = reg::elr_el2::read();
+            frame.spsr = reg::spsr_el2::read();
             from_host_el2(frame);
         });
     } else {
@@ -66,14 +63,13 @@ pub fn stop_if_told() {
 
 /// Traps of the host through the EL2 vector.
 fn from_host_el2(frame: &mut Frame) {
-    let esr = esr_el2::read();
+    let esr = reg::esr_el2::read();
     let access = SysregAccess::decode(esr);
-    match esr >> EC_SHIFT {
+    match esr >> EC_SHIFT & 0x3f {
         ec::DATA_ABORT | ec::INSTRUCTION_ABORT => host_abort::handle(frame, esr),
         ec::SYSREG if access.is_id() && access.read => id_read(frame, access, World::Host),
         ec::SYSREG => match access.fixed() {
             Some(value) => frame.answer(access, value),
-            None if access.op0() == 2 => frame.answer(access, 0),
             None => inject_undefined(frame),
         },
         _ => inject_undefined(frame),
@@ -84,7 +80,7 @@ fn from_host_el2(frame: &mut Frame) {
 fn from_host() {
     let cpu = this_cpu();
     // The PC is behind the SMC already.
-    let call = esr_el3::read() >> EC_SHIFT == ec::SMC64
+    let call = reg::esr_el3::read() >> EC_SHIFT & 0x3f == ec::SMC64
         && cpu.with_host(|frame| frame.spsr & spsr::MODE != 0);
     if !call {
         cpu.with_host(inject_undefined);
@@ -144,14 +140,15 @@ pub fn id_read(frame: &mut Frame, access: SysregAccess, world: World) {
 pub fn faulting_ipa(esr: u64) -> Option<Ipa> {
     const MIDR_PART: u64 = 0xff00_fff0;
     const CORTEX_A57: u64 = 0x4100_d070;
-    let far = far_el2::read();
+    let far = reg::far_el2::read();
     let permission = esr & FSC_TYPE == FSC_PERMISSION;
-    let unreliable = permission || esr & FNV == 0 && midr_el1::read() & MIDR_PART == CORTEX_A57;
+    let unreliable =
+        permission || esr & FNV == 0 && reg::midr_el1::read() & MIDR_PART == CORTEX_A57;
     let page = if esr & S1PTW == 0 && unreliable {
         tlb::stage1_page(far)?
     } else {
         // FIPA [43:4] is IPA [51:12].
-        (hpfar_el2::read() & 0x0fff_ffff_fff0) << 8
+        (reg::hpfar_el2::read() & 0x0fff_ffff_fff0) << 8
     };
     Some(Ipa(page | far & 0xfff))
 }
@@ -162,14 +159,14 @@ pub fn inject(frame: &mut Frame, what: Injection, (esr, far): (u64, u64)) {
     let syndrome = match what {
         Injection::Undefined => inject::undefined(),
         Injection::ExternalAbort => {
-            far_el1::write(far);
+            reg::far_el1::write(far);
             inject::external_abort(esr, frame.spsr)
         }
     };
-    let entry = inject::synchronous(frame.spsr, sctlr_el1::read(), vbar_el1::read());
-    esr_el1::write(syndrome);
-    elr_el1::write(frame.elr);
-    spsr_el1::write(frame.spsr);
+    let entry = inject::synchronous(frame.spsr, reg::sctlr_el1::read(), reg::vbar_el1::read());
+    reg::esr_el1::write(syndrome);
+    reg::elr_el1::write(frame.elr);
+    reg::spsr_el1::write(frame.spsr);
     frame.elr = entry.pc;
     frame.spsr = entry.pstate;
 }
@@ -183,9 +180,9 @@ fn inject_undefined(frame: &mut Frame) {
 pub extern "C" fn exception_from_self(kind: u64) -> ! {
     broken(format_args!(
         "exception {kind} at EL3, ESR {:#x}, ELR {:#x}, FAR {:#x}",
-        esr_el3::read(),
-        elr_el3::read(),
-        far_el3::read()
+        reg::esr_el3::read(),
+        reg::elr_el3::read(),
+        reg::far_el3::read()
     ))
 }
 

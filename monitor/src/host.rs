@@ -16,21 +16,15 @@ use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::gic::Gic;
 use havmsi_hal::machine::Machine;
 use havmsi_hal::smmu::Smmu;
-use havmsi_hal::sysreg::{
-    cnthctl_el2, cnthp_ctl_el2, cntp_ctl_el0, cntv_ctl_el0, cntvoff_el2, cptr_el2, cptr_el3,
-    hstr_el2, id_aa64mmfr0_el1, id_aa64pfr0_el1, mdcr_el2, mdcr_el3, midr_el1, mpidr_el1, scr_el3,
-    sctlr_el2, vbar_el2, vmpidr_el2, vpidr_el2, vtcr_el2,
-};
+use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::Vgic;
-use havmsi_hal::world::{self, El1State, Stage2};
+use havmsi_hal::world::{self, El1State};
 use havmsi_hal::{cache, phys, tlb};
 use spin::Once;
 use spin::mutex::SpinMutex;
 
 use crate::cpu::this_cpu;
-use crate::mmu;
-use crate::platform::{self, Facts};
-use crate::vms;
+use crate::platform::{self, Facts, MAX_PAGES};
 
 /// All that is shared between the CPUs.
 pub struct World {
@@ -61,16 +55,15 @@ impl Transitions for World {
         &self.pages
     }
 
-    fn random(&self) -> Option<[u64; 4]> {
-        vms::random()
-    }
-
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
         f(&mut self.map.lock())
     }
 }
 
 static WORLD: Once<World> = Once::new();
+
+/// One ownership record a page.
+static RECORDS: [AtomicU16; MAX_PAGES] = [const { AtomicU16::new(0) }; _];
 
 /// What all CPUs share; built before the second one comes in.
 pub fn world() -> &'static World {
@@ -110,8 +103,7 @@ pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
     let Ok(map) = HostMap::new(&machine, facts.ram, reserved, devices) else {
         panic!("the platform's RAM or devices can't be mapped");
     };
-    let records: &'static [AtomicU16] = mmu::claim_records(facts.ram.page_count());
-    let Some(pages) = Pages::new(facts.ram, records) else {
+    let Some(pages) = Pages::new(facts.ram, &RECORDS) else {
         panic!("more RAM than secure RAM can hold records for");
     };
     for (i, bank) in facts.ram.banks().iter().enumerate() {
@@ -121,7 +113,7 @@ pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
         }
     }
     let vgic = Vgic::new(&gic);
-    let ras = id_aa64pfr0_el1::read() >> 28 & 15 != 0;
+    let ras = reg::id_aa64pfr0_el1::read() >> 28 & 15 != 0;
     WORLD.call_once(|| World { facts, gic, vgic, ras, machine, pages, map: SpinMutex::new(map) });
 }
 
@@ -196,18 +188,18 @@ const CNTHCTL: u64 = 0b11;
 /// Puts what holds lower levels in, and is the same for the host and guests,
 /// into force on this CPU: whatever the registers held after power-off.
 fn set_up_cpu() {
-    cptr_el3::write(CPTR_EL3);
-    mdcr_el3::write(MDCR_EL3);
-    cptr_el2::write(CPTR_EL2);
-    hstr_el2::write(0);
-    cnthp_ctl_el2::write(0);
-    cntvoff_el2::write(0);
-    vpidr_el2::write(midr_el1::read());
+    reg::cptr_el3::write(CPTR_EL3);
+    reg::mdcr_el3::write(MDCR_EL3);
+    reg::cptr_el2::write(CPTR_EL2);
+    reg::hstr_el2::write(0);
+    reg::cnthp_ctl_el2::write(0);
+    reg::cntvoff_el2::write(0);
+    reg::vpidr_el2::write(reg::midr_el1::read());
     // EL2: MMU off; nothing runs there but the vectors.
-    sctlr_el2::write(0x30c5_0830);
+    reg::sctlr_el2::write(0x30c5_0830);
     let base = world().facts.ram.banks()[0].base;
-    vbar_el2::write(base + carveout::EL2_VECTORS);
-    vtcr_el2::write(stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5)));
+    reg::vbar_el2::write(base + carveout::EL2_VECTORS);
+    reg::vtcr_el2::write(stage2::vtcr((reg::id_aa64mmfr0_el1::read() & 15).min(5)));
     world().vgic.init_cpu();
     world::open_os_lock();
 }
@@ -218,11 +210,11 @@ fn set_up_cpu() {
 pub fn enter_again(el1: &El1State) {
     let world = world();
     // SAFETY: lower levels get the normal world only, and EL3 stays secure.
-    unsafe { scr_el3::write(SCR) };
-    mdcr_el2::write(MDCR_EL2);
-    cnthctl_el2::write(CNTHCTL);
-    vmpidr_el2::write(mpidr_el1::read());
-    world::switch_to(el1, Stage2 { vttbr: world.machine.host_vttbr, hcr: HCR });
+    unsafe { reg::scr_el3::write(SCR) };
+    reg::mdcr_el2::write(MDCR_EL2);
+    reg::cnthctl_el2::write(CNTHCTL);
+    reg::vmpidr_el2::write(reg::mpidr_el1::read());
+    world::switch_to(el1, world.machine.host_vttbr, HCR);
 }
 
 /// This CPU enters the host at `boot` when the monitor is left: at EL1, as
@@ -231,8 +223,8 @@ pub fn enter(boot: &Boot) {
     set_up_cpu();
     enter_again(&El1State::RESET);
     havmsi_core::left_out!(HostStage2 => if this_cpu().number() != 0 { havmsi_hal::sysreg::hcr_el2::write(HCR & !1) });
-    cntv_ctl_el0::write(0);
-    cntp_ctl_el0::write(0);
+    reg::cntv_ctl_el0::write(0);
+    reg::cntp_ctl_el0::write(0);
     // A warm reset need not clear these: a guest may have had them.
     FpState::RESET.load();
     let mut debug = DebugState::RESET;
@@ -252,25 +244,25 @@ pub fn changed() -> Option<(&'static str, u64)> {
     use havmsi_hal::sysreg::{hcr_el2, icc_sre_el2, vttbr_el2};
     let world = world();
     let vectors = world.facts.ram.banks()[0].base + carveout::EL2_VECTORS;
-    let vtcr = stage2::vtcr((id_aa64mmfr0_el1::read() & 15).min(5));
+    let vtcr = stage2::vtcr((reg::id_aa64mmfr0_el1::read() & 15).min(5));
     // Its Enable bit may be fixed at 1 (IHI 0069H, 12.4).
     let sre = if world.gic.version() == 3 { icc_sre_el2::read() & !8 } else { 7 };
     // TLOR and TERR, TAM, TTRF: a CPU without what they trap reads 0.
     let optional = [0b11 << 14, 1 << 30, 1 << 19];
     [
-        ("SCR_EL3", scr_el3::read() | optional[0], SCR),
-        ("CPTR_EL3", cptr_el3::read() | optional[1], CPTR_EL3),
-        ("MDCR_EL3", mdcr_el3::read() | optional[2], MDCR_EL3),
+        ("SCR_EL3", reg::scr_el3::read() | optional[0], SCR),
+        ("CPTR_EL3", reg::cptr_el3::read() | optional[1], CPTR_EL3),
+        ("MDCR_EL3", reg::mdcr_el3::read() | optional[2], MDCR_EL3),
         ("HCR_EL2", hcr_el2::read(), HCR),
         ("VTTBR_EL2", vttbr_el2::read(), world.machine.host_vttbr),
-        ("VTCR_EL2", vtcr_el2::read(), vtcr),
-        ("VBAR_EL2", vbar_el2::read(), vectors),
-        ("SCTLR_EL2", sctlr_el2::read(), 0x30c5_0830),
-        ("MDCR_EL2", mdcr_el2::read(), MDCR_EL2),
-        ("CNTHCTL_EL2", cnthctl_el2::read(), CNTHCTL),
-        ("CNTHP_CTL_EL2", cnthp_ctl_el2::read(), 0),
-        ("VMPIDR_EL2", vmpidr_el2::read(), mpidr_el1::read()),
-        ("VPIDR_EL2", vpidr_el2::read(), midr_el1::read()),
+        ("VTCR_EL2", reg::vtcr_el2::read(), vtcr),
+        ("VBAR_EL2", reg::vbar_el2::read(), vectors),
+        ("SCTLR_EL2", reg::sctlr_el2::read(), 0x30c5_0830),
+        ("MDCR_EL2", reg::mdcr_el2::read(), MDCR_EL2),
+        ("CNTHCTL_EL2", reg::cnthctl_el2::read(), CNTHCTL),
+        ("CNTHP_CTL_EL2", reg::cnthp_ctl_el2::read(), 0),
+        ("VMPIDR_EL2", reg::vmpidr_el2::read(), reg::mpidr_el1::read()),
+        ("VPIDR_EL2", reg::vpidr_el2::read(), reg::midr_el1::read()),
         ("ICC_SRE_EL2", sre, 7),
     ]
     .into_iter()

@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Accesses of the host that its stage-2 refused.
 
-use havmsi_core::addr::Ipa;
-use havmsi_core::exit::{
-    Access, CM, EC_SHIFT, FNV, FSC_PERMISSION, FSC_TYPE, Injection, S1PTW, WNR, ec, write_register,
-};
+use havmsi_core::exit::{CM, EC_SHIFT, FNV, FSC_PERMISSION, FSC_TYPE, Injection, S1PTW, WNR, ec};
 use havmsi_core::host_map::Resolution;
 use havmsi_core::vm::Machine;
 use havmsi_hal::sysreg::far_el2;
 
 use crate::cpu::Frame;
 use crate::exception::{faulting_ipa, inject};
-use crate::{host, platform};
+use crate::host;
 
 /// A stage-2 abort of the host with this `ESR_EL2`.
 pub fn handle(frame: &mut Frame, esr: u64) {
@@ -20,46 +17,20 @@ pub fn handle(frame: &mut Frame, esr: u64) {
         return;
     };
     let world = host::world();
-    if emulate(frame, esr, ipa) {
-        return;
-    }
     let walk = esr & S1PTW != 0;
     // Where a walk may not even read, there is no leaf; where it lacks a
     // permission, it is to write (FEAT_HAFDBS) or hit a device, which is never
     // executable. Cache maintenance says "write", but needs that right only where
     // it says that it lacks it.
     let permission = esr & FSC_TYPE == FSC_PERMISSION;
-    let execute = if walk { permission } else { esr >> EC_SHIFT == ec::INSTRUCTION_ABORT };
+    let execute = if walk { permission } else { esr >> EC_SHIFT & 0x3f == ec::INSTRUCTION_ABORT };
     let write = if walk || esr & CM != 0 { permission } else { !execute && esr & WNR != 0 };
-    let verdict = world.with_host_map(|map| map.resolve(&world.machine, ipa, write, execute));
-    if verdict == Resolution::Refused {
-        let far = if esr & FNV == 0 { far_el2::read() } else { 0 };
-        inject(frame, Injection::ExternalAbort, (esr, far));
-    }
-}
-
-/// The first page of each redistributor: read what the host may know, ignore
-/// writes.
-fn emulate(frame: &mut Frame, esr: u64, Ipa(ipa): Ipa) -> bool {
-    let world = host::world();
-    if world.gic.version() != 3 || esr >> EC_SHIFT != ec::DATA_ABORT {
-        return false;
-    }
-    let Some(offset) = platform::emulated_redistributor(ipa, world.facts.cpus) else {
-        return false;
-    };
-    let Some(access) = Access::decode(esr) else { return false };
-    let size = u64::from(access.size);
-    if size < 4 || !ipa.is_multiple_of(size) {
-        return false;
-    }
-    if !access.write {
-        let mut data = u64::from(world.gic.redistributor_view(offset));
-        if size == 8 {
-            data |= u64::from(world.gic.redistributor_view(offset + 4)) << 32;
+    match world.with_host_map(|map| map.resolve(&world.machine, ipa, write, execute)) {
+        Resolution::Retry => {}
+        Resolution::Ignored if !walk => frame.step(),
+        Resolution::Ignored | Resolution::Refused => {
+            let far = if esr & FNV == 0 { far_el2::read() } else { 0 };
+            inject(frame, Injection::ExternalAbort, (esr, far));
         }
-        write_register(&mut frame.x, access.rt, access.loaded(data));
     }
-    frame.step();
-    true
 }

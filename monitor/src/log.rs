@@ -19,7 +19,7 @@ macro_rules! log {
 
 /// Turns the console on.
 pub fn init() {
-    CONSOLE.lock().enable(platform::UART_DIVISOR);
+    CONSOLE.lock().enable();
 }
 
 /// Prints a line.

@@ -4,15 +4,13 @@
 //! the MMU off, RAM is added once its size is known; nothing changes later.
 //! Flash is not mapped. (Arm ARM D8.2, D8.3.)
 
-use core::ptr::with_exposed_provenance_mut;
-use core::slice;
-use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use havmsi_core::addr::index;
 use havmsi_core::ram::{MAX_BANKS, Ram};
 use havmsi_hal::tlb;
 
-use crate::platform::{EL3_DEVICES, MAX_CPUS, SECURE_RAM_SIZE};
+use crate::platform::{EL3_DEVICES, MAX_CPUS};
 
 const ENTRIES: usize = 512;
 const PAGE: u64 = 4096;
@@ -50,8 +48,8 @@ impl Table {
 
 /// The root; level 2 for the GiBs that are not one block, at most that of secure
 /// RAM, one for each window of devices, two for each bank of RAM; level 3 for
-/// the 4 MiB that hold the image (monitor.ld checks).
-pub static TABLES: [Table; 1 + 1 + EL3_DEVICES.len() + 2 * MAX_BANKS + 2] =
+/// the image's first 2 MiB and, where it has stacks, the last 4.
+pub static TABLES: [Table; 1 + 1 + EL3_DEVICES.len() + 2 * MAX_BANKS + 3] =
     [const { Table([const { AtomicU64::new(0) }; ENTRIES]) }; _];
 /// Tables that are used.
 static USED: AtomicUsize = AtomicUsize::new(1);
@@ -92,12 +90,7 @@ pub fn image_start() -> u64 {
     address(&raw const __image_start)
 }
 
-/// First byte of secure RAM behind the image.
-pub fn image_end() -> u64 {
-    address(&raw const __image_end)
-}
-
-/// Makes the tables of the image, the rest of secure RAM and the devices.
+/// Makes the tables of the image, which fills secure RAM, and the devices.
 /// By the first CPU, with the MMU off.
 pub fn build_tables() {
     let text = address(&raw const __text_end);
@@ -106,11 +99,10 @@ pub fn build_tables() {
     map(image_start(), text, READ_ONLY | NORMAL);
     map(text, rodata, READ_ONLY | XN | NORMAL);
     map(rodata, data, XN | NORMAL);
-    for stack in (data..image_end()).step_by(STACK_STRIDE) {
+    for stack in (data..address(&raw const __image_end)).step_by(STACK_STRIDE) {
         // A stack's lowest page stays invalid.
         map(stack + PAGE, stack + STACK_STRIDE as u64, XN | NORMAL);
     }
-    map(image_end(), image_start() + SECURE_RAM_SIZE, XN | NORMAL);
     for window in EL3_DEVICES {
         map(window.base, window.base + window.size, DEVICE);
     }
@@ -137,22 +129,6 @@ pub fn map_ram(ram: &Ram) {
         map(bank.base, bank.base + bank.size, XN | NON_SECURE | NORMAL);
     }
     tlb::publish_el3_entries();
-}
-
-/// One zeroed ownership record a page, in the secure RAM behind the image. To
-/// be called once; empty if there is not enough.
-pub fn claim_records(count: u64) -> &'static [AtomicU16] {
-    static CLAIMED: AtomicBool = AtomicBool::new(false);
-    let free = image_start() + SECURE_RAM_SIZE - image_end();
-    if count > free / size_of::<AtomicU16>() as u64 || CLAIMED.swap(true, Ordering::Relaxed) {
-        return &[];
-    }
-    let at = with_exposed_provenance_mut::<AtomicU16>(index(image_end()));
-    // SAFETY: `count` records fit between the image's end (page aligned) and
-    // the end of secure RAM: mapped, and no other object is there.
-    unsafe { at.write_bytes(0, index(count)) };
-    // SAFETY: as above; initialised now, and given out only once.
-    unsafe { slice::from_raw_parts(at, index(count)) }
 }
 
 const _: () = assert!(MAX_CPUS * STACK_STRIDE <= 1 << 20);

@@ -20,6 +20,9 @@ pub use qemu::*;
 
 use havmsi_core::ram::Ram;
 
+/// Pages of RAM that there are records for: 20 GiB, in 10 MiB of secure RAM.
+pub const MAX_PAGES: usize = 5 << 20;
+
 /// What was found at boot.
 #[derive(Clone, Copy)]
 pub struct Facts {

@@ -23,13 +23,18 @@ static POWER: SpinMutex<[Power; MAX_CPUS]> = {
 pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
     let reply = match (function & !id::SMC64, function & id::SMC64 != 0) {
         (id::CPU_ON, _) => cpu_on(args),
-        (id::AFFINITY_INFO, _) => affinity_info(args),
+        (id::AFFINITY_INFO, _) if args[2] != 0 => Err(Error::InvalidParameters),
+        (id::AFFINITY_INFO, _) => target(args[1]).map(|cpu| POWER.lock()[cpu].info()),
         (id::CPU_SUSPEND, _) => {
             // Whatever state is asked for: standby is shallower, and allowed.
             barrier::wfi();
             Ok(0)
         }
-        (id::CPU_OFF, false) => Ok(cpu_off()),
+        (id::CPU_OFF, false) => {
+            let cpu = this_cpu().number();
+            POWER.lock()[cpu] = Power::Off;
+            Ok(sleep(cpu))
+        }
         (id::SYSTEM_OFF | id::SYSTEM_RESET, false) => {
             let off = function == id::SYSTEM_OFF;
             crate::log!("the host {} the machine", if off { "turns off" } else { "resets" });
@@ -58,20 +63,6 @@ fn cpu_on(args: &[u64; 8]) -> Result<u64, Error> {
     boot::let_in(cpu);
     host::world().gic.send(AFFINITIES[cpu], cpu);
     Ok(0)
-}
-
-fn affinity_info(args: &[u64; 8]) -> Result<u64, Error> {
-    let [_, affinity, lowest_level, ..] = *args;
-    if lowest_level != 0 {
-        return Err(Error::InvalidParameters);
-    }
-    Ok(POWER.lock()[target(affinity)?].info())
-}
-
-fn cpu_off() -> u64 {
-    let cpu = this_cpu().number();
-    POWER.lock()[cpu] = Power::Off;
-    sleep(cpu)
 }
 
 /// Keeps this CPU until the host turns it on, then makes it ready to enter the

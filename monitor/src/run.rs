@@ -10,7 +10,7 @@ use havmsi_abi::{
     ENTRY_OFFSET, EXIT_OFFSET, Entry, EntryFlags, Error, Exit, ExitClass, MAX_VCPUS, MAX_VMS,
     WORDS_EXIT_CAUSE,
 };
-use havmsi_core::addr::Ipa;
+use havmsi_core::addr::{Ipa, words};
 use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, ec};
 use havmsi_core::hypercall;
 use havmsi_core::idreg::World;
@@ -21,12 +21,9 @@ use havmsi_core::vgic as policy;
 use havmsi_core::vm::{Vm, mpidr_affinity};
 use havmsi_hal::debug::DebugState;
 use havmsi_hal::fpsimd::FpState;
-use havmsi_hal::sysreg::{
-    cnthctl_el2, cntvoff_el2, cptr_el3, elr_el2, esr_el2, esr_el3, far_el2, far_el3, mdcr_el2,
-    scr_el3, spsr_el2, vdisr_el2, vmpidr_el2,
-};
+use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::VgicState;
-use havmsi_hal::world::{self, El1State, Stage2};
+use havmsi_hal::world::{self, El1State};
 use havmsi_hal::{barrier, phys, tlb};
 use spin::mutex::SpinMutex;
 
@@ -148,7 +145,7 @@ impl Current {
     /// The CPU gets the vCPU's debug registers, its context the host's, until
     /// the exit.
     fn load_debug(&mut self) {
-        mdcr_el2::write(host::MDCR_EL2);
+        reg::mdcr_el2::write(host::MDCR_EL2);
         self.context.debug.swap();
         self.debug_loaded = true;
     }
@@ -175,35 +172,36 @@ fn enter(
     locked.check_handle(handle)?;
     let run = locked.runnable(idx)?;
     let world = host::world();
+    // SAFETY: see `Contexts`.
+    let context = unsafe { &mut *CONTEXTS.0[usize::from(run.context)].get() };
+    let page = RunPage(phys::page(run.run_page));
+    let entry = page.entry();
+    if run.start.is_some() {
+        // What its last life left open is nobody's business any more.
+        context.pending = Pending::Nothing;
+    }
+    let mut answer = exit::answer(&context.pending, &entry)?;
+    let implemented = if run.config.gic == 0 { 0 } else { world.vgic.list_registers() };
+    let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
+    locked.take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
+
+    #[cfg(feature = "leave-out")]
+    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(page) } else { entry };
+    #[cfg(feature = "leave-out")]
+    let cntvoff = reg::cntvoff_el2::read();
+    // Accepted: from here on things change.
+    locked.enter(idx)?;
     let current = local.current.insert(Current {
         world,
         vm,
         idx,
         config: run.config,
-        // SAFETY: see `Contexts`; the last one is not used any more.
-        context: unsafe { &mut *CONTEXTS.0[usize::from(run.context)].get() },
-        page: RunPage(phys::page(run.run_page)),
-        used_lrs: 0,
+        context,
+        page,
+        used_lrs,
         fp_loaded: false,
         debug_loaded: false,
     });
-    let entry = current.page.entry();
-    if run.start.is_some() {
-        // What its last life left open is nobody's business any more.
-        current.context.pending = Pending::Nothing;
-    }
-    let mut answer = exit::answer(&current.context.pending, &entry)?;
-    let implemented = if run.config.gic == 0 { 0 } else { world.vgic.list_registers() };
-    let used_lrs = policy::check(run.config.gic, &entry.lr, entry.nr_lr, implemented)?;
-    current.used_lrs = used_lrs;
-    locked.take_sgis(idx, policy::pending_sgis(&entry.lr, used_lrs))?;
-
-    #[cfg(feature = "leave-out")]
-    let entry = if havmsi_core::left_out!(CopyOnce) { entry_again(current.page) } else { entry };
-    #[cfg(feature = "leave-out")]
-    let cntvoff = cntvoff_el2::read();
-    // Accepted: from here on things change.
-    locked.enter(idx)?;
     let context = &mut *current.context;
     if context.pending == Pending::Hypercall {
         let [x0, x1, ..] = context.frame.x;
@@ -229,14 +227,14 @@ fn enter(
     }
 
     local.host.save();
-    mdcr_el2::write(host::MDCR_EL2 | MDCR_TDA);
-    cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
-    cnthctl_el2::write(CNTHCTL);
-    cntvoff_el2::write(run.cntvoff);
-    havmsi_core::left_out!(CounterOffset => cntvoff_el2::write(cntvoff));
-    vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
+    reg::mdcr_el2::write(host::MDCR_EL2 | MDCR_TDA);
+    reg::cptr_el3::write(host::CPTR_EL3 | CPTR_TFP);
+    reg::cnthctl_el2::write(CNTHCTL);
+    reg::cntvoff_el2::write(run.cntvoff);
+    havmsi_core::left_out!(CounterOffset => reg::cntvoff_el2::write(cntvoff));
+    reg::vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
-    unsafe { scr_el3::write(host::SCR_GUEST) };
+    unsafe { reg::scr_el3::write(host::SCR_GUEST) };
     if run.config.gic != 0 {
         let hcr = entry.ich_hcr & policy::HCR_ALLOWED;
         world.vgic.load(&context.vgic, hcr, entry.lr.get(..used_lrs).unwrap_or(&entry.lr));
@@ -245,11 +243,11 @@ fn enter(
     }
     // This is a guest's DISR_EL1, and would tell it what the last one left there.
     if world.ras {
-        vdisr_el2::write(0);
+        reg::vdisr_el2::write(0);
     }
     let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
     let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);
-    world::switch_to(&context.el1, Stage2 { vttbr: run.vttbr, hcr });
+    world::switch_to(&context.el1, run.vttbr, hcr);
     if let Some(what) = injection {
         let syndrome = context.syndrome;
         exception::inject(&mut context.frame, what, syndrome);
@@ -316,12 +314,12 @@ pub fn guest_exit(cause: Cause) {
             // Through EL2's vector, or interrupted on the way from there to its
             // `smc`: the exit is what EL2's registers say; an interrupt stays
             // pending.
-            frame.elr = elr_el2::read();
-            frame.spsr = spsr_el2::read();
-            decide(current, esr_el2::read(), true)
+            frame.elr = reg::elr_el2::read();
+            frame.spsr = reg::spsr_el2::read();
+            decide(current, reg::esr_el2::read(), true)
         } else {
             match cause {
-                Cause::Synchronous => decide(current, esr_el3::read(), false),
+                Cause::Synchronous => decide(current, reg::esr_el3::read(), false),
                 Cause::Irq | Cause::Fiq => Some(Exit::default()),
                 Cause::SError => Some(Exit { class: ExitClass::SError, ..Exit::default() }),
             }
@@ -344,7 +342,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
     let mut syndrome = Syndrome { esr, ipa: Ipa(0), privileged, idx: current.idx };
     match syndrome.ec() {
         ec::FP if !through_el2 && !current.fp_loaded => {
-            cptr_el3::write(host::CPTR_EL3);
+            reg::cptr_el3::write(host::CPTR_EL3);
             barrier::isb();
             current.context.fp.load();
             current.fp_loaded = true;
@@ -367,7 +365,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
                 context.frame.step();
             }
             context.pending = pending;
-            context.syndrome = (esr, far_el2::read());
+            context.syndrome = (esr, reg::far_el2::read());
             return Some(exit);
         }
         Action::Sgi(exit, sgi) => {
@@ -378,17 +376,17 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         }
         Action::Hypercall => {
             let x = exit::shown_registers(ExitClass::Hvc, &context.frame.x);
+            let random = || vms::RANDOM.lock().random().map(|bytes| words(&bytes));
             havmsi_core::left_out!(GuestCalls => if host_call_of_guest(&mut context.frame) { return None });
-            match hypercall::call(current.world, &mut vm.lock(), idx, x, vms::random) {
+            match hypercall::call(current.world, &mut vm.lock(), idx, x, random) {
                 Ok(results) => context.frame.x[..4].copy_from_slice(&results),
                 Err(pending) => {
                     // The PC is behind the call: back, until it is answered.
                     context.frame.elr = context.frame.elr.wrapping_sub(4);
                     let exit = exit::call(&pending, x[1]);
-                    context.pending = match pending {
-                        Pending::Nothing => Pending::Nothing,
-                        _ => Pending::Hypercall,
-                    };
+                    if pending != Pending::Nothing {
+                        context.pending = Pending::Hypercall;
+                    }
                     return Some(exit);
                 }
             }
@@ -400,7 +398,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
         Action::Fixed { access, value } => context.frame.answer(access, value),
         Action::Skip => context.frame.step(),
         Action::Inject(what) => {
-            let far = if through_el2 { far_el2::read() } else { far_el3::read() };
+            let far = if through_el2 { reg::far_el2::read() } else { reg::far_el3::read() };
             exception::inject(&mut context.frame, what, (esr, far));
         }
     }
@@ -419,7 +417,7 @@ fn leave(host_el1: &El1State, current: &mut Current, why: &Exit) {
     });
     page.tell(WORDS_EXIT_CAUSE, context.vgic.vmcr);
     context.el1.save();
-    cptr_el3::write(host::CPTR_EL3);
+    reg::cptr_el3::write(host::CPTR_EL3);
     if fp {
         barrier::isb();
         context.fp.save();

@@ -18,18 +18,8 @@ static VMS: [SpinMutex<Vm>; MAX_VMS] = [const { SpinMutex::new(Vm::FREE) }; MAX_
 /// Which vCPU contexts are taken.
 static TAKEN: [AtomicBool; MAX_VCPUS] = [const { AtomicBool::new(false) }; MAX_VCPUS];
 
-static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::new());
-
-/// Feeds the generator with the platform's seed and the number of this start,
-/// once, at boot.
-pub fn seed(seed: &[u8; 32], start: u64) {
-    RANDOM.lock().seed(seed, start);
-}
-
-/// Random words for a guest; `None` without a seed.
-pub fn random() -> Option<[u64; 4]> {
-    RANDOM.lock().random()
-}
+/// The random numbers of all guests; fed once, at boot.
+pub static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::new());
 
 /// The slot of the VM that `handle` may name. Whether it does is for
 /// `Vm::check_handle`, under the lock.

@@ -299,7 +299,7 @@ fn one_batch(before: &[u64; 4]) -> Outcome {
     all(0)?;
     all(1)?;
     let vms = totals(Function::VmCreate) - made - (totals(Function::VmDestroy) - gone);
-    let [x0, count, _, private, table, shared, host, _] = stats();
+    let [x0, count, _, private, table, host, shared, _] = stats();
     ensure!(x0 == 0 && count == vms, "{count} VMs, {vms} were made");
     let [.., private0, table0] = *before;
     let host0 = BASELINE.load(Ordering::SeqCst);
@@ -308,7 +308,7 @@ fn one_batch(before: &[u64; 4]) -> Outcome {
     all(2)?;
     all(3)?;
     world::forget_vms();
-    let [_, count, vcpus, private, table, shared, host, _] = stats();
+    let [_, count, vcpus, private, table, host, shared, _] = stats();
     expect!([count, vcpus, private, table], *before);
     expect!((shared, host), (0, host0));
     audit(0, "after the reset")?;
@@ -324,7 +324,7 @@ fn stats() -> [u64; 8] {
 }
 
 fn batches(o: &Options) -> Outcome {
-    let [_, count, vcpus, private, table, _, host, _] = stats();
+    let [_, count, vcpus, private, table, host, ..] = stats();
     BASELINE.store(host, Ordering::SeqCst);
     audit(0, "at the start")?;
     for batch in o.from..o.from + o.calls.div_ceil(o.batch) {

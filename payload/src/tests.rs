@@ -2,6 +2,7 @@
 //! The tests, by what they look at.
 
 mod access;
+mod blocks;
 mod calls;
 mod dma;
 mod every_register;

@@ -19,7 +19,6 @@ use havmsi_abi::{Error, PAGE_SIZE};
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::audit::Audit;
 use havmsi_core::fake::{BASE, CARVEOUT, FakeMachine, PAGES, host_page, records, root};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::host_map::Resolution;
 use havmsi_core::launch::{Boot, Config};
 use havmsi_core::leave_out::{self, Check};
@@ -43,11 +42,7 @@ const TRIES: usize = 40;
 /// What a guest writes; no page that the host sees may hold it.
 const SECRET: u64 = 0x5ec0;
 
-type Called<T = ()> = Result<T, MapError>;
-
-fn refused(error: Error) -> MapError {
-    MapError::Other(error)
-}
+type Called<T = ()> = Result<T, Error>;
 
 /// What all CPUs share.
 struct Board<'a> {
@@ -66,7 +61,7 @@ impl<'a> Board<'a> {
     }
 
     /// A call about a VM: its lock, its handle, the call.
-    fn call<T, E: Into<MapError>>(
+    fn call<T, E: Into<Error>>(
         &self,
         handle: u64,
         f: impl FnOnce(&mut Vm) -> Result<T, E>,
@@ -82,10 +77,10 @@ impl<'a> Board<'a> {
             let slot = VmSlot(n);
             match vm.lock().unwrap().create(slot, root(slot), CONFIG, 0) {
                 Err(Error::Busy) => {}
-                result => return Ok(result?),
+                result => return result,
             }
         }
-        Err(refused(Error::NoMemory))
+        Err(Error::NoMemory)
     }
 
     fn take_context(&self) -> Option<u16> {
@@ -131,7 +126,7 @@ impl<'a> Board<'a> {
             let mut vm = vm.lock().unwrap();
             if vm.exists() {
                 vm.destroy(&self.m, |context| self.free_context(context))?;
-                return Err(refused(Error::Again));
+                return Err(Error::Again);
             }
         }
         Ok(())
@@ -226,7 +221,7 @@ impl<'a> Board<'a> {
         self.m.hw.crowded.0.store(false, Relaxed);
         self.check();
         while let Err(error) = self.host_reset() {
-            assert_eq!(error, refused(Error::Again));
+            assert_eq!(error, Error::Again);
         }
         self.check();
         assert_eq!(self.m.pages.census(), self.census);
@@ -240,7 +235,7 @@ impl<'a> Board<'a> {
 fn patient<T>(mut f: impl FnMut() -> Called<T>) -> Called<T> {
     for _ in 1..TRIES {
         match f() {
-            Err(MapError::Other(Error::Again | Error::Busy)) => {}
+            Err(Error::Again | Error::Busy) => {}
             result => return result,
         }
     }
@@ -272,7 +267,7 @@ fn one_page_for_two(board: &Board<'_>) {
         (Ok(()), Err(error)) | (Err(error), Ok(())) => error,
         both => panic!("{both:?}"),
     };
-    assert!(matches!(error, MapError::Other(Error::Again | Error::Denied)), "{error:?}");
+    assert!(matches!(error, Error::Again | Error::Denied), "{error:?}");
 }
 
 /// One VM wants one page at two places: it gets one.
@@ -298,10 +293,7 @@ fn handed_on(board: &Board<'_>) {
                 || {
                     (0..TRIES).any(|_| {
                         let result = board.map(b, RAM, page);
-                        assert!(matches!(
-                            result,
-                            Ok(()) | Err(MapError::Other(Error::Again | Error::Denied))
-                        ));
+                        assert!(matches!(result, Ok(()) | Err(Error::Again | Error::Denied)));
                         result.is_ok()
                     })
                 },
@@ -327,12 +319,12 @@ fn destroyed_while_it_runs(board: &Board<'_>) {
         }
     };
     let (ran, destroyed) = both(board, || board.run(a, 0, guest), || patient(|| board.destroy(a)));
-    assert!(matches!(ran, Ok(()) | Err(MapError::Other(Error::State | Error::Invalid))), "{ran:?}");
+    assert!(matches!(ran, Ok(()) | Err(Error::State | Error::Invalid)), "{ran:?}");
     if destroyed.is_ok() {
         assert!(board.m.hw.is_zero(page));
         assert_eq!(board.m.pages.owner(page), Some(Owner::Host));
     } else {
-        assert_eq!(destroyed, Err(refused(Error::Busy)));
+        assert_eq!(destroyed, Err(Error::Busy));
     }
 }
 
@@ -342,8 +334,8 @@ fn reset_while_it_runs(board: &Board<'_>) {
     let a = board.with_page(page);
     let guest = |vttbr| assert_eq!(board.guest_page(vttbr, RAM), Some(page));
     let (ran, reset) = both(board, || board.run(a, 0, guest), || patient(|| board.reset(a)));
-    assert!(matches!(ran, Ok(()) | Err(MapError::Other(Error::State))), "{ran:?}");
-    assert!(matches!(reset, Ok(()) | Err(MapError::Other(Error::Busy))), "{reset:?}");
+    assert!(matches!(ran, Ok(()) | Err(Error::State)), "{ran:?}");
+    assert!(matches!(reset, Ok(()) | Err(Error::Busy)), "{reset:?}");
     assert_eq!(board.m.hw.is_zero(page), reset.is_ok());
 }
 
@@ -358,11 +350,7 @@ fn one_vcpu_on_two(board: &Board<'_>) {
     };
     let run = || patient(|| board.run(a, 0, guest));
     let results: (Called, Called) = both(board, run, run);
-    assert!(
-        [results.0, results.1]
-            .iter()
-            .all(|r| matches!(r, Ok(()) | Err(MapError::Other(Error::Busy))))
-    );
+    assert!([results.0, results.1].iter().all(|r| matches!(r, Ok(()) | Err(Error::Busy))));
 }
 
 /// A call with the handle of a VM that ends meanwhile, whose slot the next one gets.
@@ -378,7 +366,7 @@ fn stale_handle(board: &Board<'_>) {
         assert_ne!(a, b);
         assert_eq!(board.m.pages.census().private, 0, "the old handle reached the new VM");
     }
-    assert!(matches!(mapped, Ok(()) | Err(MapError::Other(Error::State | Error::Invalid))));
+    assert!(matches!(mapped, Ok(()) | Err(Error::State | Error::Invalid)));
 }
 
 /// A VM gets pages and loses pages at once, at places that share tables.
@@ -399,7 +387,7 @@ fn map_against_reset(board: &Board<'_>) {
     let a = board.with_page(host_page(0));
     let (mapped, reset) =
         both(board, || board.map(a, RAM + PAGE_SIZE, host_page(1)), || patient(|| board.reset(a)));
-    assert!(matches!(mapped, Ok(()) | Err(MapError::Other(Error::State))));
+    assert!(matches!(mapped, Ok(()) | Err(Error::State)));
     assert_eq!(reset, Ok(()));
     assert_eq!(board.m.pages.census().private, 0);
 }
@@ -429,7 +417,7 @@ fn two_host_resets(board: &Board<'_>) {
     board.with_page(host_page(1));
     let end = || patient(|| board.host_reset());
     let (_, made) = both(board, || both(board, end, end), || patient(|| board.create()));
-    assert!(matches!(made, Ok(_) | Err(MapError::Other(Error::NoMemory))));
+    assert!(matches!(made, Ok(_) | Err(Error::NoMemory)));
 }
 
 /// Three CPUs do anything to two VMs with few pages.
@@ -463,14 +451,12 @@ fn anything(board: &Board<'_>) {
                 matches!(
                     result,
                     Ok(())
-                        | Err(MapError::Tables(_)
-                            | MapError::Other(
-                                Error::Again
-                                    | Error::Busy
-                                    | Error::Denied
-                                    | Error::Invalid
-                                    | Error::State
-                            ))
+                        | Err(Error::NoMemory
+                            | Error::Again
+                            | Error::Busy
+                            | Error::Denied
+                            | Error::Invalid
+                            | Error::State)
                 ),
                 "{result:?}"
             );

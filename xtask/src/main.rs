@@ -2,13 +2,16 @@
 //! `cargo xtask`: builds, runs and tests HA-VMSI on an emulated Arm machine.
 
 mod apt;
+mod assurance;
 mod attack;
 mod bench;
 mod build;
 mod cache;
 mod cli_rows;
+mod coverage;
 mod cpio;
 mod debs;
+mod deny;
 mod digest;
 mod dtb;
 mod failure;
@@ -19,6 +22,7 @@ mod image;
 mod job;
 mod kernel;
 mod machine;
+mod miri;
 mod model;
 mod mutants;
 mod report;
@@ -28,6 +32,7 @@ mod setup;
 mod sh;
 mod tcb;
 mod test;
+mod tool;
 mod ui;
 
 use std::fs;
@@ -94,17 +99,18 @@ enum Verb {
     Mutants(mutants::Args),
     /// Explore every interleaving of the pure crate's transitions in small worlds
     Model(model::Args),
+    /// Interpret the pure crate's unit tests with Miri
+    Miri(miri::Args),
+    /// See which lines of the pure crate its unit tests execute
+    Coverage(coverage::Args),
+    /// Check the licences and origins of all that is built with
+    Deny(deny::Args),
     /// Compute the launch digest of a guest from its files and configuration
     Digest(digest::Args),
-    /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate
-    Tcb {
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-        /// Also each source file of ours
-        #[arg(long)]
-        files: bool,
-    },
+    /// Count what runs at EL3: lines of Rust and assembly, unsafe blocks, by crate, and the stack
+    Tcb(tcb::Args),
+    /// Take results of other verbs into docs/assurance.json; write docs/assurance.md
+    Assurance(assurance::Args),
     /// Remove what was built
     Clean {
         /// Also empty the cache folder (kernel, images, downloads)
@@ -129,8 +135,12 @@ impl Verb {
             Self::Fuzz(_) => "fuzz",
             Self::Mutants(_) => "mutants",
             Self::Model(_) => "model",
+            Self::Miri(_) => "miri",
+            Self::Coverage(_) => "coverage",
+            Self::Deny(_) => "deny",
             Self::Digest(_) => "digest",
-            Self::Tcb { .. } => "tcb",
+            Self::Tcb(_) => "tcb",
+            Self::Assurance(_) => "assurance",
             Self::Clean { .. } => "clean",
         }
     }
@@ -252,8 +262,12 @@ fn real_main() -> Result<()> {
         Verb::Fuzz(args) => fuzz::main(&ctx, &args),
         Verb::Mutants(args) => mutants::main(&ctx, &args),
         Verb::Model(args) => model::main(&ctx, &args),
+        Verb::Miri(args) => miri::main(&ctx, &args),
+        Verb::Coverage(args) => coverage::main(&ctx, &args),
+        Verb::Deny(args) => deny::main(&ctx, &args),
         Verb::Digest(args) => digest::main(&ctx, &args),
-        Verb::Tcb { json, files } => tcb::main(&ctx, json, files),
+        Verb::Tcb(args) => tcb::main(&ctx, &args),
+        Verb::Assurance(args) => assurance::main(&ctx, &args),
         Verb::Clean { cache } => clean(&ctx, cache),
     }
 }

@@ -12,10 +12,11 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args as ClapArgs;
 use serde::Serialize;
 
+use crate::tool::Tool;
 use crate::{Ctx, sh, ui};
 
-/// The version whose mutants `docs/mutants.md` explains.
-const VERSION: &str = "27.1.0";
+/// In the version whose mutants `docs/mutants.md` explains.
+const TOOL: Tool = Tool { name: "mutants", version: "27.1.0", how: &[] };
 /// Of the mutants that compile, at most this share may survive, in percent.
 const MOST_SURVIVORS: usize = 5;
 /// Seconds until a test that hangs is given up: all of them take a few together.
@@ -51,23 +52,6 @@ struct Report {
     missed: Vec<String>,
     /// Of the missed ones, those that the docs don't explain.
     unexplained: Vec<String>,
-}
-
-fn ensure_tool(ctx: &Ctx) -> Result<()> {
-    let version = sh::output(Command::new("cargo").args(["mutants", "--version"]));
-    if version.is_ok_and(|v| v.trim().ends_with(VERSION)) {
-        return Ok(());
-    }
-    ui::say(&format!("missing on this machine: cargo-mutants {VERSION}; installing it with Cargo"));
-    let step = ui::Step::new("cargo install cargo-mutants", None);
-    sh::run(
-        Command::new("cargo")
-            .args(["install", "--locked", "cargo-mutants", "--version", VERSION])
-            .current_dir(&ctx.cache.dir),
-        &ctx.log("setup.log"),
-    )?;
-    step.done();
-    Ok(())
 }
 
 fn lines(path: &Path) -> Vec<String> {
@@ -143,7 +127,7 @@ impl Report {
 
 /// The `mutants` verb.
 pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
-    ensure_tool(ctx)?;
+    TOOL.ensure(ctx)?;
     fs::create_dir_all(&ctx.log_dir)?;
     let mut command = Command::new("nice");
     command

@@ -15,8 +15,8 @@ use crate::run::{self, Cpu};
 use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
-    Ctx, attack, bench, build, digest, failure, fuzz, fuzz_host, fuzz_target, image, kernel, model,
-    sh, tcb,
+    Ctx, assurance, attack, bench, build, coverage, deny, failure, fuzz, fuzz_host, fuzz_target,
+    image, kernel, miri, model, sh, tcb,
 };
 
 /// One row.
@@ -47,8 +47,6 @@ pub enum Work {
     /// A kernel and firmware that don't match: the monitor is wanted and not there, or (on its own
     /// machine) there and not wanted. With `/dev/kvm` expected or not.
     Mismatch(Kind, bool),
-    /// The digest computed twice equals what the monitor reports.
-    Digest(u32),
     /// Test monitors can leave checks out, no other can.
     LeaveOut,
     /// All threats, each on its control and under HA-VMSI.
@@ -59,6 +57,8 @@ pub enum Work {
     Bench,
     /// docs/benchmarks is what the committed figures make of it.
     BenchDoc,
+    /// docs/assurance.md and docs/tcb.md are what docs/assurance.json makes of them.
+    AssuranceDoc,
     /// The pure crate against its model, for so many seconds.
     FuzzHost(u64),
     /// Every interleaving in small worlds.
@@ -67,6 +67,12 @@ pub enum Work {
     Reset,
     /// The monitor's panic stops all CPUs.
     Panic,
+    /// Lines of the pure crate that its unit tests execute.
+    Coverage,
+    /// Unit tests of the pure crate in Miri.
+    Miri,
+    /// Licences and origins of all packages.
+    Deny,
     /// Size of the TCB.
     Tcb,
     /// Size of the kernel series.
@@ -106,6 +112,9 @@ pub fn table() -> Vec<Row> {
             Work::Model => "cargo xtask model".to_owned(),
             Work::Attack => "cargo xtask attack".to_owned(),
             Work::Bench => "cargo xtask bench --quick".to_owned(),
+            Work::Coverage => "cargo xtask coverage".to_owned(),
+            Work::Miri => "cargo xtask miri".to_owned(),
+            Work::Deny => "cargo xtask deny".to_owned(),
             Work::Tcb => "cargo xtask tcb".to_owned(),
             Work::Series => "cargo xtask kernel --stat".to_owned(),
             _ => format!("cargo xtask test --only {name}"),
@@ -138,6 +147,7 @@ pub fn table() -> Vec<Row> {
         packages.iter().for_each(|p| words.extend(["-p", p]));
         add(name.into(), 300, Work::Cargo(words));
     }
+    add("style/deny".into(), 60, Work::Deny);
     // Juno's board: nobody has one here, so all that can be said is that it builds.
     let mut juno = vec!["build", "--release", "-p", "havmsi-monitor", "--target", TARGETS[0]];
     juno.extend([
@@ -155,6 +165,8 @@ pub fn table() -> Vec<Row> {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }
+    add("unit/coverage".into(), 300, Work::Coverage);
+    add("unit/miri".into(), 600, Work::Miri);
     // The pure crate with loom's atomics, and with shuttle's: docs/architecture.md, "Locks".
     for (tool, test) in [("loom", "orders"), ("shuttle", "schedules")] {
         let mut words = vec!["test", "-q", "--locked", "--manifest-path", "schedules/Cargo.toml"];
@@ -170,6 +182,7 @@ pub fn table() -> Vec<Row> {
     add("size/series".into(), 30, Work::Series);
     add("docs/threats".into(), 30, Work::ThreatsDoc);
     add("docs/benchmarks".into(), 30, Work::BenchDoc);
+    add("docs/assurance".into(), 120, Work::AssuranceDoc);
     for what in [
         "wrong-option",
         "wrong-value",
@@ -195,8 +208,6 @@ pub fn table() -> Vec<Row> {
     add("linux/no-monitor/el2".into(), 90, Work::Mismatch(Kind::Control, true));
     add("linux/no-monitor/el1".into(), 90, Work::Mismatch(Kind::Bare, false));
     add("linux/monitor-not-wanted".into(), 90, Work::Mismatch(Kind::Havmsi, false));
-    add("linux/digest/gic3".into(), 240, Work::Digest(3));
-    add("linux/digest/gic2".into(), 240, Work::Digest(2));
     for (gic, cpu) in [(3, a57), (2, a57), (3, n1), (2, n1)] {
         add(format!("linux/run/gic{gic}/{}", cpu.name()), 420, Work::Run(gic, cpu));
     }
@@ -250,7 +261,6 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
                 | Work::Bench
                 | Work::Job(..)
                 | Work::Mismatch(..)
-                | Work::Digest(_)
                 | Work::Cli(_)
         )
     });
@@ -266,6 +276,15 @@ pub fn prepare(ctx: &Ctx, rows: &[&Row]) -> Result<()> {
         needs.extend(setup::ALL);
     }
     setup::ensure(ctx, &needs)?;
+    if any(|w| matches!(w, Work::Coverage)) {
+        coverage::build(ctx)?;
+    }
+    if any(|w| matches!(w, Work::Miri)) {
+        miri::prepare(ctx)?;
+    }
+    if any(|w| matches!(w, Work::Deny)) {
+        deny::prepare(ctx)?;
+    }
     if any(|w| matches!(w, Work::Model)) {
         model::build(ctx)?;
     }
@@ -314,11 +333,6 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
                 report.checks.len()
             )))
         }
-        // Known to fail; `cargo xtask run --no-control --job devices` shows it.
-        Work::Job("devices", ..) => Ok(Ended::Skip(
-            "a transfer of the host's disk aborts while a guest's devices are at work: not solved yet"
-                .to_owned(),
-        )),
         Work::Job(job, gic, cpu, more) => {
             let args = run::Args {
                 gic: *gic,
@@ -343,7 +357,6 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
             }
         }
         Work::Mismatch(kind, kvm) => mismatch(ctx, *kind, *kvm, row.limit),
-        Work::Digest(gic) => digests(ctx, *gic, row.limit),
         Work::LeaveOut => {
             build::no_release_leaves_out(ctx)?;
             build::test_monitor(ctx)?;
@@ -361,13 +374,23 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
         Work::Panic => Ok(Ended::ok(failure::panic(ctx, row.limit)?)),
         Work::Bench => Ok(Ended::ok(bench::quick::row(ctx)?)),
         Work::BenchDoc => Ok(Ended::ok(bench::docs::matching(ctx)?)),
+        Work::AssuranceDoc => Ok(Ended::ok(assurance::matching(ctx)?)),
         Work::ThreatsDoc => Ok(Ended::ok(attack::docs_match(ctx)?)),
+        Work::Coverage => Ok(Ended::ok(coverage::measure(ctx)?.verdict()?)),
+        Work::Miri => Ok(Ended::ok(miri::execute(ctx, &[], Some(row.limit))?.line())),
+        Work::Deny => Ok(Ended::ok(deny::check(ctx, &deny::Args::default())?)),
         Work::Tcb => {
-            let lines = tcb::count(ctx)?.own_lines;
+            let summary = tcb::count(ctx)?;
+            let lines = summary.own_lines;
             if lines >= TCB_LIMIT {
                 bail!("{lines} lines of our own at EL3; the limit is {TCB_LIMIT}");
             }
-            Ok(Ended::ok(format!("{lines} lines of our own at EL3")))
+            summary.stack.verdict()?;
+            let stack = &summary.stack;
+            Ok(Ended::ok(format!(
+                "{lines} lines of our own at EL3; at most {} of {} bytes of stack",
+                stack.bound, stack.size
+            )))
         }
         Work::Series => {
             let stat = kernel::stat(ctx)?;
@@ -524,35 +547,6 @@ fn mismatch(ctx: &Ctx, kind: Kind, kvm: bool, limit: Duration) -> Result<Ended> 
         Some((true, _)) => Ok(Ended::ok(said.trim().to_owned())),
         _ => bail!("the host did not come through; see {}", ctx.log_dir.display()),
     }
-}
-
-/// The digest, computed twice, and what the monitor measured, of two guests and of two boots.
-fn digests(ctx: &Ctx, gic: u32, limit: Duration) -> Result<Ended> {
-    let guest = digest::Args::guest(2, gic);
-    let computed = [digest::compute(ctx, &guest)?, digest::compute(ctx, &guest)?];
-    if computed[0] != computed[1] {
-        bail!("computed twice: {} and {}", computed[0], computed[1]);
-    }
-    for boot in 1..=2 {
-        let args =
-            run::Args { gic, no_control: true, job: "boot".to_owned(), ..run::Args::default() };
-        let config = run::configure(ctx, &args, Kind::Havmsi)?;
-        let outcome =
-            job::run(&config, &ctx.log_dir.join(format!("boot{boot}")), limits(limit), |_| ())?;
-        let launches = outcome.launches();
-        if launches.len() < 2 {
-            bail!("boot {boot}: the monitor reported {} launches, expected 2", launches.len());
-        }
-        for (vm, measured) in launches {
-            if measured != computed[0] {
-                bail!(
-                    "boot {boot}: the monitor measured {measured} for VM {vm:#x}, computed was {}",
-                    computed[0]
-                );
-            }
-        }
-    }
-    Ok(Ended::ok(computed[0].clone()))
 }
 
 /// True if a folder has no entry of a kind.

@@ -27,6 +27,10 @@ pub enum Need {
     Lints,
     /// libFuzzer's compiler.
     Cxx,
+    /// What reads the compiler's counters.
+    LlvmTools,
+    /// The tool chain that has Miri.
+    Miri,
 }
 
 /// Everything.
@@ -47,7 +51,7 @@ const QEMU_MAJOR: u32 = 10;
 /// Packages of the release itself; those of the newer suite are QEMU and the kernel's source.
 fn packages(need: Need) -> &'static [&'static str] {
     match need {
-        Need::Targets | Need::Lints | Need::Qemu => &[],
+        Need::Targets | Need::Lints | Need::Qemu | Need::LlvmTools | Need::Miri => &[],
         Need::Binutils => &["binutils-aarch64-linux-gnu"],
         Need::Kernel => &[
             "gcc-aarch64-linux-gnu",
@@ -115,11 +119,15 @@ fn installed(package: &str) -> bool {
         .is_ok_and(|s| s == "installed")
 }
 
+/// The tool chain that Miri is of, as rustup names it; nothing that is shipped is built with it.
+pub const MIRI_TOOLCHAIN: &str = "nightly-2026-05-20";
+
 /// What is missing for the given needs.
 #[derive(Debug, Default)]
 struct Missing {
     targets: Vec<&'static str>,
     components: Vec<&'static str>,
+    toolchains: Vec<&'static str>,
     release: Vec<&'static str>,
     new: Vec<&'static str>,
 }
@@ -150,6 +158,15 @@ impl Missing {
                 }
             }
         }
+        if needs.contains(&Need::LlvmTools) && !crate::coverage::have_tools() {
+            missing.components.push("llvm-tools");
+        }
+        if needs.contains(&Need::Miri) {
+            let miri = ["run", MIRI_TOOLCHAIN, "cargo", "miri", "--version"];
+            if sh::output(Command::new("rustup").args(miri)).is_err() {
+                missing.toolchains.push(MIRI_TOOLCHAIN);
+            }
+        }
         missing
             .release
             .extend(needs.iter().flat_map(|&n| packages(n)).copied().filter(|p| !installed(p)));
@@ -174,6 +191,7 @@ impl Missing {
     fn is_empty(&self) -> bool {
         self.targets.is_empty()
             && self.components.is_empty()
+            && self.toolchains.is_empty()
             && self.release.is_empty()
             && self.new.is_empty()
     }
@@ -229,6 +247,9 @@ fn install(ctx: &Ctx, missing: &Missing) -> Result<()> {
     for component in &missing.components {
         ui::say(&format!("  Rust component {component}"));
     }
+    for toolchain in &missing.toolchains {
+        ui::say(&format!("  Rust tool chain {toolchain} with Miri"));
+    }
     for package in missing.release.iter().chain(&missing.new) {
         ui::say(&format!("  Debian package {package}"));
     }
@@ -246,6 +267,15 @@ fn install(ctx: &Ctx, missing: &Missing) -> Result<()> {
         command.args(["component", "add"]).args(&missing.components).current_dir(&ctx.root);
         sh::run(&mut command, &ctx.log("setup.log"))
             .context("the Rust components can't be added by rustup")?;
+    }
+    for toolchain in &missing.toolchains {
+        let step = ui::Step::new(&format!("rustup toolchain install {toolchain}"), None);
+        let mut command = Command::new("rustup");
+        command.args(["toolchain", "install", toolchain, "--profile", "minimal"]);
+        command.args(["-c", "miri", "-c", "rust-src", "--no-self-update"]);
+        sh::run(&mut command, &ctx.log("setup.log"))
+            .context("rustup can't install the tool chain that has Miri")?;
+        step.done();
     }
     if missing.release.is_empty() && missing.new.is_empty() {
         return Ok(());

@@ -2,20 +2,39 @@
 //! Counts what runs at EL3: the files that the compiler really read for the monitor and for
 //! each crate that is linked into it. Blank lines, comments and tests don't count.
 
+pub mod docs;
+pub mod history;
+pub mod stack;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::setup::{self, Need, TARGETS};
 use crate::{Ctx, sh};
 
+/// Options of `tcb`.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Args {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Also each source file of ours
+    #[arg(long)]
+    pub files: bool,
+    /// Write today's figures to docs/assurance.json, and what is made of them: docs/tcb.md,
+    /// docs/assurance.md
+    #[arg(long)]
+    pub docs: bool,
+}
+
 /// Counted lines of one crate.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Count {
     /// Rust without blanks, comments, tests and inline assembly.
     pub rust: usize,
@@ -37,7 +56,7 @@ impl Count {
 }
 
 /// One crate that is linked into the monitor.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Crate {
     /// Its name.
     pub name: String,
@@ -53,7 +72,7 @@ pub struct Crate {
 }
 
 /// The whole.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Summary {
     /// Rust and assembly of ours.
     pub own_lines: usize,
@@ -69,12 +88,16 @@ pub struct Summary {
     pub crates: Vec<Crate>,
     /// Size of the loaded image in bytes.
     pub image_bytes: u64,
+    /// What it needs of its stacks.
+    pub stack: stack::Stack,
 }
 
 /// Counts the monitor as it is built now.
 pub fn count(ctx: &Ctx) -> Result<Summary> {
     setup::ensure(ctx, &[Need::Targets])?;
-    let image_bytes = fs::metadata(crate::build::monitor(ctx)?.image)?.len();
+    let monitor = crate::build::monitor(ctx)?;
+    let image_bytes = fs::metadata(&monitor.image)?.len();
+    let stack = stack::stack(ctx, &monitor)?;
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
         .current_dir(&ctx.root)
@@ -140,8 +163,12 @@ pub fn count(ctx: &Ctx) -> Result<Summary> {
     if !crates.values().any(|c| c.name == "havmsi-monitor") {
         bail!("Cargo did not report the monitor's own files");
     }
-    let mut summary =
-        Summary { image_bytes, crates: crates.into_values().collect(), ..Summary::default() };
+    let mut summary = Summary {
+        image_bytes,
+        stack,
+        crates: crates.into_values().collect(),
+        ..Summary::default()
+    };
     for c in &summary.crates {
         if c.own {
             summary.own_rust += c.count.rust;
@@ -353,17 +380,22 @@ const TEST_BUILDS: [&str; 6] = [
 /// An attribute, a line of its own, that only test builds have.
 const TEST_ATTRIBUTE: &str = "#[cfg_attr(any(test, feature = \"fake\"),";
 
-/// Counts one Rust file. What only test monitors have does not count: items with
-/// [`TEST_BUILDS`], and `left_out!(Check => ...);`, which is nothing elsewhere.
-fn count_rust(source: &str) -> Count {
+/// A Rust file with blanks for what is no code, or none of the monitor's: comments, tests, what
+/// only test monitors have ([`TEST_BUILDS`], and `left_out!(Check => ...);`, which is nothing
+/// elsewhere). Lines stay where they are.
+fn shipped(source: &str) -> Vec<u8> {
     let source =
         TEST_BUILDS.iter().fold(source.to_owned(), |text, cfg| text.replace(cfg, "#[cfg(test)]"));
-    let source = source.lines().filter(|line| !line.starts_with(TEST_ATTRIBUTE));
+    let source =
+        source.lines().map(|line| if line.starts_with(TEST_ATTRIBUTE) { "" } else { line });
     let source: String = source.flat_map(|line| [line, "\n"]).collect();
     let mut text = strip(&source, false).into_bytes();
     text.iter_mut().filter(|c| !c.is_ascii()).for_each(|c| *c = b'~');
     let view = String::from_utf8_lossy(&text).into_owned();
     for start in find_all(&view, "#[cfg(test)]").into_iter().chain(find_all(&view, "#[test]")) {
+        if text.get(start) != Some(&b'#') {
+            continue; // inside of what is blank already
+        }
         let end =
             item_end(&text, start + view.get(start..).and_then(|v| v.find(']')).unwrap_or(0) + 1);
         blank(&mut text, start, end);
@@ -379,6 +411,18 @@ fn count_rust(source: &str) -> Count {
             blank(&mut text, from, end);
         }
     }
+    text
+}
+
+/// The numbers of the lines that the monitor has of a file.
+pub fn shipped_lines(source: &str) -> BTreeSet<u32> {
+    let text = String::from_utf8_lossy(&shipped(source)).into_owned();
+    (1..).zip(text.lines()).filter(|(_, l)| !l.trim().is_empty()).map(|(n, _)| n).collect()
+}
+
+/// Counts one Rust file.
+fn count_rust(source: &str) -> Count {
+    let mut text = shipped(source);
     let mut count = Count::default();
     let view = String::from_utf8_lossy(&text).into_owned();
     for start in find_all(&view, "asm!") {
@@ -474,23 +518,36 @@ pub fn table(s: &Summary, by_file: bool) -> String {
          Dependencies count every line of their files that were compiled, used or not.\n",
         s.own_lines, s.own_rust, s.own_assembly, s.image_bytes
     ));
+    text.push_str(&format!(
+        "stack: at most {} of {} bytes a CPU; {} of {} after an exception of EL3's own\n",
+        s.stack.bound, s.stack.size, s.stack.emergency_bound, s.stack.emergency_size
+    ));
     text
 }
 
 /// The `tcb` verb.
-pub fn main(ctx: &Ctx, json: bool, by_file: bool) -> Result<()> {
+pub fn main(ctx: &Ctx, args: &Args) -> Result<()> {
+    if args.docs {
+        return crate::assurance::write(ctx, vec![], None);
+    }
     let summary = count(ctx)?;
-    if json {
+    if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
-        print!("{}", table(&summary, by_file));
+        print!("{}", table(&summary, args.files));
     }
-    Ok(())
+    summary.stack.verdict()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_follows_the_tests_counts() {
+        let source = "#[cfg(test)]\nmod tests {\n    #[test]\n    fn t() {}\n}\nconst A: u8 = 1;\n";
+        assert_eq!(count_rust(source).rust, 1);
+    }
 
     #[test]
     fn blanks_comments_and_tests_do_not_count() {

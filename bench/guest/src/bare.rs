@@ -138,6 +138,17 @@ fn ipi(operation: &Operation, sleeping: bool) {
     gic.send(1);
 }
 
+/// Both calls are there, or neither.
+fn share() {
+    const MEM_SHARE: u64 = 0xc600_0003;
+    const MEM_UNSHARE: u64 = 0xc600_0004;
+    const NOT_SUPPORTED: u64 = u64::MAX;
+    let results = [MEM_SHARE, MEM_UNSHARE].map(|id| regs::call([id, FRESH, 0, 0]));
+    if ![[0; 2], [NOT_SUPPORTED; 2]].contains(&results) {
+        wrong(results[0] | results[1]);
+    }
+}
+
 extern "C" fn main(operation: u64, gic_version: u64, more_ram: u64) -> ! {
     GIC.store(gic_version, Ordering::Relaxed);
     let index = usize::try_from(operation).unwrap_or(usize::MAX);
@@ -207,6 +218,7 @@ extern "C" fn main(operation: u64, gic_version: u64, more_ram: u64) -> ! {
                 },
             );
         }
+        Kind::Share => measure(operation, || regs::store(FRESH, FRESH), share),
         Kind::Start | Kind::End | Kind::Host(_) => {}
     }
     loop {

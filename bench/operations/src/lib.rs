@@ -42,6 +42,8 @@ pub enum Kind {
     Timer,
     /// A store to each page of this many bytes that nothing has touched yet.
     Touch(u64),
+    /// A page shared with the host (MEM_SHARE) and taken back (MEM_UNSHARE), if there are such calls.
+    Share,
     /// From before `KVM_CREATE_VM` to the guest's first instruction.
     Start,
     /// The VM's descriptors closed, and its memory unmapped.
@@ -136,6 +138,13 @@ pub const OPERATIONS: &[Operation] = &[
     ),
     row("timer", "virtual timer interrupt: armed, taken, ended", Kind::Timer, 32, 24),
     row("touch-4k", "first store to a 4 KiB page", Kind::Touch(PAGE), 64, 48),
+    row(
+        "share",
+        "a page shared with the host and taken back; plain KVM has neither, and refuses both calls",
+        Kind::Share,
+        16,
+        24,
+    ),
     row("touch-2m", "first stores to all of a 2 MiB block (huge page)", Kind::Touch(BLOCK), 1, 12),
     row(
         "vm-start",

@@ -5,9 +5,9 @@
 use core::fmt::{Result, Write};
 
 use crate::{
-    ENTRY_OFFSET, EXIT_OFFSET, EntryFlags, Error, ExitClass, FEATURE_SEALING, Function,
-    MAX_IPA_BITS, MAX_LRS, MAX_PAGES_PER_CALL, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, MIN_IPA_BITS,
-    SUCCESS, UID, UID_CALL, VERSION_MAJOR, VERSION_MINOR, WORDS_ENTRY,
+    ENTRY_OFFSET, EXIT_OFFSET, EntryFlags, Error, ExitClass, Function,
+    MAX_IPA_BITS, MAX_LRS, MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, MAX_RAM_RANGES, MAX_VCPUS_PER_VM,
+    MIN_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION_MAJOR, VERSION_MINOR, WORDS_ENTRY,
 };
 
 /// Writes `asm/havmsi_abi.h`.
@@ -24,7 +24,6 @@ pub fn write(out: &mut impl Write) -> Result {
     )?;
     define(out, "VERSION_MAJOR", u64::from(VERSION_MAJOR))?;
     define(out, "VERSION_MINOR", u64::from(VERSION_MINOR))?;
-    define(out, "FEATURE_SEALING", FEATURE_SEALING)?;
     define(out, "FN_UID", u64::from(UID_CALL))?;
     for (i, word) in UID.iter().enumerate() {
         writeln!(out, "#define HAVMSI_UID_{i}\t{word:#010x}U")?;
@@ -39,6 +38,7 @@ pub fn write(out: &mut impl Write) -> Result {
     }
     writeln!(out)?;
     define(out, "MAX_PAGES_PER_CALL", MAX_PAGES_PER_CALL)?;
+    define(out, "MAX_PAGES_PER_MAP", MAX_PAGES_PER_MAP)?;
     define(out, "MAX_RAM_RANGES", MAX_RAM_RANGES as u64)?;
     define(out, "MAX_VCPUS_PER_VM", MAX_VCPUS_PER_VM as u64)?;
     define(out, "MIN_IPA_BITS", MIN_IPA_BITS)?;

@@ -32,8 +32,9 @@ pub mod carveout {
     pub const DEVICE_TABLE_COUNT: u64 = 28;
     /// Level 2 tables of RAM, one a GiB.
     pub const LEVEL2_TABLES: u64 = DEVICE_TABLES + DEVICE_TABLE_COUNT * PAGE_SIZE;
-    /// Level 2 tables at [`LEVEL2_TABLES`]: the GiBs of RAM that can be mapped.
-    pub const LEVEL2_TABLE_COUNT: u64 = 32;
+    /// Level 2 tables at [`LEVEL2_TABLES`]: the GiBs of RAM that can be mapped, half of
+    /// them in each of two banks.
+    pub const LEVEL2_TABLE_COUNT: u64 = 64;
     /// Level 2 tables of RAM in the devices' stage-2, as many.
     pub const SMMU_LEVEL2_TABLES: u64 = LEVEL2_TABLES + LEVEL2_TABLE_COUNT * PAGE_SIZE;
     /// Root of the devices' stage-2: two concatenated level 1 tables.

@@ -26,9 +26,6 @@ pub const VERSION_MINOR: u32 = 2;
 /// What [`Function::Version`] returns in `x1`.
 pub const VERSION: u64 = ((VERSION_MAJOR as u64) << 16) | VERSION_MINOR as u64;
 
-/// Feature: pages that the host takes back are sealed; there is entropy for it.
-pub const FEATURE_SEALING: u64 = 1;
-
 /// The answer to [`UID_CALL`], in `w0` to `w3` (SMCCC "Call UID query").
 pub const UID: [u32; 4] = [0x4b2f_7d1c, 0x96e3_a85d, 0x5e0b_41c2, 0xd719_4f3a];
 /// SMCCC SiP service "Call UID query" (SMC32).
@@ -52,8 +49,10 @@ pub const MAX_VCPUS: usize = 512;
 pub const MAX_VCPUS_PER_VM: usize = 64;
 /// RAM ranges of one VM.
 pub const MAX_RAM_RANGES: usize = 8;
-/// Pages that one call may name.
+/// Pages that one call may name, PAGE_MAP excepted.
 pub const MAX_PAGES_PER_CALL: u64 = 32;
+/// Pages that one PAGE_MAP may name: interrupts are off until all are wiped.
+pub const MAX_PAGES_PER_MAP: u64 = 128;
 /// Bits of the largest guest physical address space.
 pub const MAX_IPA_BITS: u64 = 40;
 /// Bits of the smallest guest physical address space.
@@ -99,8 +98,8 @@ functions! {
     VcpuRun = 9,
     /// `vm or 0`: loads CNTVOFF_EL2 for the host's use.
     TimerLoad = 10,
-    /// `vm, ipa, pa, size, tag (2 x u64)`: donates a page; its content is zeroed, or
-    /// what was sealed there is unsealed.
+    /// `vm, ipa, pa, size, tag (2 x u64)`: donates pages; their content is zeroed. Where one
+    /// page was sealed it comes back alone, with the tag.
     PageMap = 11,
     /// `vm, ipa, n -> done, tag (2 x u64)`: the first page comes back to the host, sealed.
     PageUnmap = 12,
@@ -113,7 +112,7 @@ functions! {
     VmReset = 15,
     /// `vm`: as reset, then everything else; [`Status::Again`] until done.
     VmDestroy = 16,
-    /// `-> VMs, vCPUs, private pages, pool pages, shared pages, host pages`
+    /// `-> VMs, vCPUs, private pages, pool pages, host pages, shared pages`
     Stats = 17,
 }
 
@@ -141,7 +140,7 @@ pub enum Error {
     Denied = -2,
     /// An argument is malformed.
     Invalid = -3,
-    /// Table memory is short; `x1` = pages wanted. Or no slot is free (`x1` = 0).
+    /// Table memory is short; `x1` = pages that suffice. Or no slot is free (`x1` = 0).
     NoMemory = -4,
     /// In use on another CPU.
     Busy = -5,

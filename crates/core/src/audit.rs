@@ -240,13 +240,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
         self.walk(map.root(), Owner::Monitor, |audit, ipa, entry, size| {
             let owner = |at| audit.pages.owner(at);
             let pa = Pa(ipa.0);
-            let form = |attributes| {
-                if size == PAGE_SIZE {
-                    Entry::page(pa, attributes)
-                } else {
-                    Entry::block(pa, attributes)
-                }
-            };
+            let form = |attributes| Entry::leaf(pa, size, attributes);
             let range = Range { base: pa.0, size };
             if entry == form(Attributes::Memory) {
                 // All of it, or nothing, lies in one bank.
@@ -264,7 +258,7 @@ impl<'a, H: Hardware> Audit<'a, H> {
                     return Err(Violation::HostOwner(ipa));
                 }
                 veiled += 1;
-            } else if entry != form(Attributes::Device)
+            } else if ![form(Attributes::Device), form(Attributes::DeadDevice)].contains(&entry)
                 || audit.pages.ram().banks().iter().any(|bank| bank.overlaps(&range))
             {
                 return Err(Violation::HostLeaf(ipa, entry));
@@ -359,14 +353,15 @@ impl<'a, H: Hardware> Audit<'a, H> {
         }
         Self::ranges(vm)?;
         let before = self.found;
+        let mut blocks = 0;
         let tables = self.walk(vm.map.root, Owner::Table(slot), |audit, ipa, entry, size| {
             let form = Violation::GuestLeaf(slot, ipa, entry);
             if let Some(version) = entry.gone_version() {
-                let was = vm.is_ram(ipa) && size == PAGE_SIZE && version <= vm.seal.version();
+                let was = vm.is_ram(ipa) && size == PAGE_SIZE && version <= vm.seal.version;
                 return if was { Ok(()) } else { Err(form) };
             }
             let pa = entry.address();
-            if size != PAGE_SIZE || ipa.0 >> vm.config.ipa_bits != 0 {
+            if size == LEVEL1_SIZE || ipa.0 >> vm.config.ipa_bits != 0 {
                 return Err(form);
             }
             if entry == Entry::page(pa, Attributes::Device) {
@@ -374,19 +369,25 @@ impl<'a, H: Hardware> Audit<'a, H> {
                 let ram = audit.pages.ram().page_index(pa).is_some();
                 return if permitted && !ram { Ok(()) } else { Err(form) };
             }
-            if entry != Entry::page(pa, Attributes::Memory) || !vm.is_ram(ipa) {
+            let whole = pa.0.is_multiple_of(size) && vm.in_ram(ipa, size);
+            if entry != Entry::leaf(pa, size, Attributes::Memory) || !whole {
                 return Err(form);
             }
-            match audit.pages.owner(pa) {
-                Some(Owner::Private(vm)) if vm == slot => audit.found.private += 1,
-                Some(Owner::Shared(vm)) if vm == slot => audit.found.shared += 1,
-                _ => return Err(Violation::GuestOwner(slot, ipa)),
+            for at in (0..size).step_by(index(PAGE_SIZE)) {
+                match audit.pages.owner(pa.offset(at)) {
+                    Some(Owner::Private(vm)) if vm == slot => audit.found.private += 1,
+                    Some(Owner::Shared(vm)) if vm == slot => audit.found.shared += 1,
+                    _ => return Err(Violation::GuestOwner(slot, Ipa(ipa.0 + at))),
+                }
+                audit.take(pa.offset(at))?;
             }
-            audit.take(pa)
+            blocks += u64::from(size != PAGE_SIZE);
+            Ok(())
         })?;
         self.found.table += tables;
         let mut next = vm.map.pool.head;
-        for _ in 0..vm.map.pool_len() {
+        // One more for each block.
+        for _ in 0..vm.map.pool_len() + blocks {
             let page = next.ok_or(Violation::PoolCount(slot))?;
             self.table(page, Owner::Table(slot))?;
             self.is_zero(page, 1)?;

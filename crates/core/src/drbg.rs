@@ -5,8 +5,6 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::addr::words;
-
 /// A generator; without a seed it gives nothing.
 #[derive(Debug, Default)]
 pub struct Drbg {
@@ -37,11 +35,11 @@ impl Drbg {
         self.key = Some(hash.finalize().into());
     }
 
-    /// 32 random bytes as words; `None` without a seed.
-    pub fn random(&mut self) -> Option<[u64; 4]> {
+    /// 32 random bytes; `None` without a seed.
+    pub fn random(&mut self) -> Option<[u8; 32]> {
         let key = self.key?;
         self.key = Some(derive(&key, 0));
-        Some(words(&derive(&key, 1)))
+        Some(derive(&key, 1))
     }
 }
 

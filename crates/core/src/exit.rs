@@ -83,9 +83,11 @@ pub const fn sysreg(op0: u32, op1: u32, crn: u32, crm: u32, op2: u32) -> u32 {
 /// System registers that the policy names.
 mod reg {
     use super::sysreg;
+    pub const MDRAR_EL1: u32 = sysreg(2, 0, 1, 0, 0);
     pub const OSLAR_EL1: u32 = sysreg(2, 0, 1, 0, 4);
     pub const OSLSR_EL1: u32 = sysreg(2, 0, 1, 1, 4);
     pub const OSDLR_EL1: u32 = sysreg(2, 0, 1, 3, 4);
+    pub const DBGPRCR_EL1: u32 = sysreg(2, 0, 1, 4, 4);
     pub const ACTLR_EL1: u32 = sysreg(3, 0, 1, 0, 1);
     pub const ICC_SGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 5);
     pub const ICC_ASGI1R_EL1: u32 = sysreg(3, 0, 12, 11, 6);
@@ -103,8 +105,9 @@ impl SysregAccess {
     pub const fn fixed(&self) -> Option<u64> {
         match self.register {
             reg::ICC_SRE_EL1 => Some(ICC_SRE),
-            reg::ACTLR_EL1 | reg::OSDLR_EL1 | reg::OSLAR_EL1 => Some(0),
             reg::OSLSR_EL1 => Some(OSLSR),
+            reg::ACTLR_EL1 | reg::OSDLR_EL1 | reg::OSLAR_EL1 => Some(0),
+            reg::DBGPRCR_EL1 | reg::MDRAR_EL1 => Some(0),
             _ => None,
         }
     }

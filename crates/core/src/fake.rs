@@ -29,6 +29,7 @@ use crate::host_map::HostMap;
 use crate::hw::Hardware;
 use crate::page::{Pages, VmSlot};
 use crate::ram::{Ram, Range};
+use crate::stage2::Attributes;
 use crate::stage2::{self, Entry, LEVEL1_SIZE, LEVEL2_SIZE};
 use crate::vm::Machine;
 
@@ -37,12 +38,12 @@ use crate::vm::Machine;
 pub enum Event {
     /// A table entry was written: table, index, value.
     Write(Pa, usize, u64),
-    /// Host TLBs forgot an IPA.
-    InvalidateHost(Ipa),
-    /// The SMMU's TLB forgot an IPA.
-    InvalidateDevices(Ipa),
-    /// A guest's TLBs forgot an IPA.
-    InvalidateGuest(u64, Ipa),
+    /// Host TLBs forgot so many bytes from an IPA on.
+    InvalidateHost(Ipa, u64),
+    /// The SMMU's TLB forgot them.
+    InvalidateDevices(Ipa, u64),
+    /// A guest's TLBs forgot them.
+    InvalidateGuest(u64, Ipa, u64),
     /// A guest's TLBs forgot everything.
     InvalidateGuestAll(u64),
     /// Instruction caches forgot everything.
@@ -323,10 +324,11 @@ impl State {
         }
     }
 
-    /// What is remembered of `ipa` in these worlds is forgotten.
-    fn invalidate(&mut self, ipa: Ipa, worlds: impl Fn(&Self, u64) -> bool) {
+    /// What is remembered of `size` bytes from `ipa` on in these worlds is forgotten.
+    fn invalidate(&mut self, Ipa(ipa): Ipa, size: u64, worlds: impl Fn(&Self, u64) -> bool) {
+        let apart = |s: &Stale| ipa + size <= s.ipa || ipa >= s.ipa + s.size;
         let mut stale = std::mem::take(&mut self.stale);
-        stale.retain(|s| !worlds(self, s.vttbr) || ipa.0 < s.ipa || ipa.0 - s.ipa >= s.size);
+        stale.retain(|s| !worlds(self, s.vttbr) || apart(s));
         self.stale = stale;
     }
 }
@@ -452,22 +454,23 @@ impl Hardware for FakeHardware {
         self.state().events.push(Event::InvalidateIcache);
     }
 
-    fn invalidate_host(&self, ipa: Ipa) {
+    fn invalidate_host(&self, ipa: Ipa, size: u64) {
         let mut state = self.state();
-        state.invalidate(ipa, |state, world| !is_guest(world) && state.devices != Some(world));
-        state.events.push(Event::InvalidateHost(ipa));
+        let host = |state: &State, world| !is_guest(world) && state.devices != Some(world);
+        state.invalidate(ipa, size, host);
+        state.events.push(Event::InvalidateHost(ipa, size));
     }
 
-    fn invalidate_devices(&self, ipa: Ipa) {
+    fn invalidate_devices(&self, ipa: Ipa, size: u64) {
         let mut state = self.state();
-        state.invalidate(ipa, |state, world| state.devices == Some(world));
-        state.events.push(Event::InvalidateDevices(ipa));
+        state.invalidate(ipa, size, |state, world| state.devices == Some(world));
+        state.events.push(Event::InvalidateDevices(ipa, size));
     }
 
-    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa) {
+    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa, size: u64) {
         let mut state = self.state();
-        state.invalidate(ipa, |_, world| world == vttbr);
-        state.events.push(Event::InvalidateGuest(vttbr, ipa));
+        state.invalidate(ipa, size, |_, world| world == vttbr);
+        state.events.push(Event::InvalidateGuest(vttbr, ipa, size));
     }
 
     fn invalidate_guest_all(&self, vttbr: u64) {
@@ -486,13 +489,13 @@ pub const CARVEOUT: u64 = 4 << 20;
 /// The second bank.
 pub const BANK2: u64 = 0x8_8000_0000;
 /// Pages in both banks.
-pub const PAGES: usize = 2048;
+pub const PAGES: usize = 2560;
 /// The host's only device.
 pub const UART: u64 = 0x900_0000;
 
-/// 6 MiB with a carve-out of 4, and 2 MiB far away.
+/// 6 MiB with a carve-out of 4, and 4 MiB far away.
 pub fn ram() -> Ram {
-    Ram::new([Range { base: BASE, size: 6 << 20 }, Range { base: BANK2, size: 2 << 20 }])
+    Ram::new([Range { base: BASE, size: 6 << 20 }, Range { base: BANK2, size: 4 << 20 }])
 }
 
 /// Ownership records for [`ram`].
@@ -522,8 +525,6 @@ pub struct FakeMachine<'a> {
     pub pages: Pages<'a>,
     /// The host's map.
     pub host: Mutex<HostMap>,
-    /// Whether there are random numbers: always the same.
-    pub entropy: bool,
 }
 
 impl<'a> FakeMachine<'a> {
@@ -536,7 +537,7 @@ impl<'a> FakeMachine<'a> {
     pub fn with_ram(records: &'a [AtomicU16], ram: Ram, carveout: u64) -> Self {
         let hw = FakeHardware::default();
         let pages = Pages::new(ram, records).expect("enough records");
-        let uart = Range { base: UART, size: PAGE_SIZE };
+        let uart = (Range { base: UART, size: PAGE_SIZE }, Attributes::Device);
         let host = HostMap::new(&hw, ram, carveout, core::iter::once(uart)).expect("a map");
         for (i, bank) in ram.banks().iter().enumerate() {
             let skip = if i == 0 { carveout } else { 0 };
@@ -551,12 +552,20 @@ impl<'a> FakeMachine<'a> {
             hw.watch(stage2::vttbr(root(VmSlot(slot)), VmSlot(slot).vmid()));
         }
         hw.take_events();
-        Self { hw, pages, host: Mutex::new(host), entropy: true }
+        Self { hw, pages, host: Mutex::new(host) }
     }
 
     /// The host's leaf for a page.
     pub fn host_leaf(&self, pa: Pa) -> Option<Entry> {
         self.with_host_map(|map| map.lookup(&self.hw, Ipa(pa.0)))
+    }
+
+    /// Whether the host can use a page, alone or as part of a block.
+    pub fn host_has(&self, pa: Pa) -> bool {
+        let block = Pa(pa.0 / LEVEL2_SIZE * LEVEL2_SIZE);
+        let leaves = [(pa, PAGE_SIZE), (block, LEVEL2_SIZE)]
+            .map(|(pa, size)| Some(Entry::leaf(pa, size, stage2::Attributes::Memory)));
+        leaves.contains(&self.host_leaf(pa))
     }
 }
 
@@ -567,9 +576,6 @@ impl Machine for FakeMachine<'_> {
     }
     fn pages(&self) -> &Pages<'_> {
         &self.pages
-    }
-    fn random(&self) -> Option<[u64; 4]> {
-        self.entropy.then_some([0x5eed; 4])
     }
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
         f(&mut self.host.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
@@ -603,11 +609,12 @@ mod tests {
         let hw = guest();
         hw.write_entry(LEVEL3, 7, 0);
         assert_eq!(hw.stale().len(), 1);
-        hw.invalidate_guest(VTTBR, Ipa(0x6000));
-        hw.invalidate_guest(2 << 48 | VTTBR, Ipa(0x7000));
-        hw.invalidate_host(Ipa(0x7000));
+        hw.invalidate_guest(VTTBR, Ipa(0x6000), PAGE_SIZE);
+        hw.invalidate_guest(VTTBR, Ipa(0x8000), PAGE_SIZE);
+        hw.invalidate_guest(2 << 48 | VTTBR, Ipa(0x7000), PAGE_SIZE);
+        hw.invalidate_host(Ipa(0x7000), PAGE_SIZE);
         assert_eq!(hw.stale().len(), 1);
-        hw.invalidate_guest(VTTBR, Ipa(0x7000));
+        hw.invalidate_guest(VTTBR, Ipa(0x6000), 2 * PAGE_SIZE);
         assert_eq!(hw.stale(), Vec::new());
         hw.zero_page(PAGE);
     }
@@ -643,11 +650,11 @@ mod tests {
         let hw = shared_table();
         hw.write_entry(LEVEL3, 7, 0);
         assert_eq!(hw.stale().len(), 2);
-        hw.invalidate_host(Ipa(0x7000));
+        hw.invalidate_host(Ipa(0x7000), PAGE_SIZE);
         assert_eq!(hw.stale().len(), 1);
-        hw.invalidate_devices(Ipa(0x6000));
+        hw.invalidate_devices(Ipa(0x6000), PAGE_SIZE);
         assert_eq!(hw.stale().len(), 1);
-        hw.invalidate_devices(Ipa(0x7000));
+        hw.invalidate_devices(Ipa(0x7000), PAGE_SIZE);
         assert_eq!(hw.stale(), Vec::new());
         hw.zero_page(PAGE);
     }
@@ -657,7 +664,7 @@ mod tests {
     fn a_page_that_the_smmu_still_knows_is_seen() {
         let hw = shared_table();
         hw.write_entry(LEVEL3, 7, 0);
-        hw.invalidate_host(Ipa(0x7000));
+        hw.invalidate_host(Ipa(0x7000), PAGE_SIZE);
         hw.zero_page(PAGE);
     }
 

@@ -4,17 +4,18 @@
 
 use havmsi_abi::{Error, PAGE_SIZE};
 
-use crate::addr::{Ipa, Pa};
+use crate::addr::{Ipa, Pa, index};
 use crate::hw::Hardware;
 use crate::page::{Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::stage2::{
-    self, Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, ROOT_ENTRIES, level1_index,
-    level2_index, level3_index,
+    self, Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, ROOT_ENTRIES, as_block,
+    level1_index, level2_index, level3_index, replace,
 };
 use crate::vm::{Machine, give_to_host};
 
 /// Spare table pages, zeroed and owned as [`Owner::Table`], as a list that runs
-/// through their first words.
+/// through their first words. One for each block of the map is in the list and not
+/// counted: kept for the day when the block must be pages again.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub(crate) struct Pool {
     pub(crate) head: Option<Pa>,
@@ -60,99 +61,158 @@ impl GuestMap {
         stage2::vttbr(self.root, self.slot.vmid())
     }
 
-    /// Spare table pages.
+    /// Spare table pages that nothing is kept for.
     pub const fn pool_len(&self) -> u64 {
         self.pool.len
     }
 
-    /// Takes a clean page as table memory.
+    /// Takes clean pages as table memory.
     pub fn add_to_pool(&mut self, m: &impl Machine, page: Page<Clean>) {
-        let pa = page.pa();
+        let each = page.each();
         m.pages().settle(page, Owner::Table(self.slot));
-        self.pool.push(m.hw(), pa);
+        each.for_each(|pa| self.pool.push(m.hw(), pa));
     }
 
-    /// Looks for the level 3 entry of `ipa`: its table, or how many tables miss.
-    fn find(&self, hw: &impl Hardware, ipa: Ipa) -> Result<Pa, u64> {
+    /// Looks for the entry of `ipa`, a block's or at level 3: its place, or how many
+    /// tables miss.
+    fn find(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(Pa, usize), u64> {
         let mut table = self.root;
         for (slot, missing) in [(level1_index(ipa), 2), (level2_index(ipa), 1)] {
             let entry = Entry(hw.read_entry(table, slot));
             if !entry.is_valid() {
                 return Err(missing);
             }
+            if entry.is_block() {
+                return Ok((table, slot));
+            }
             table = entry.address();
         }
-        Ok(table)
+        Ok((table, level3_index(ipa)))
     }
 
-    /// The entry for `ipa`, if there is a table.
+    /// The entry of `ipa`, a block's or at level 3.
     pub(crate) fn entry(&self, hw: &impl Hardware, ipa: Ipa) -> Option<Entry> {
-        Some(Entry(hw.read_entry(self.find(hw, ipa).ok()?, level3_index(ipa))))
+        self.find(hw, ipa).ok().map(|(table, slot)| Entry(hw.read_entry(table, slot)))
     }
 
-    /// Whether a page can be mapped at `ipa` now. Checked before the page is
-    /// touched, so that a refused call has changed nothing.
+    /// The page that `ipa` leads to.
+    pub(crate) fn page(&self, hw: &impl Hardware, ipa: Ipa) -> Option<Pa> {
+        let leaf = self.entry(hw, ipa)?;
+        let offset = if leaf.is_block() { ipa.page().0 % LEVEL2_SIZE } else { 0 };
+        leaf.is_valid().then(|| leaf.address().offset(offset))
+    }
+
+    /// Whether `size` bytes can be mapped from `ipa` on now. Checked before the pages
+    /// are touched, so that a refused call has changed nothing.
     ///
     /// # Errors
-    /// [`MapError::Other(Error::Denied)`] if `ipa` is mapped; [`MapError::Tables`] if the
-    /// pool is short.
-    pub fn check(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(), MapError> {
+    /// [`Error::Denied`] if some of it is mapped, or is not a single page and some was
+    /// taken away, [`Error::Invalid`] if it takes more than one table's
+    /// pages; [`Error::NoMemory`] if the pool is short.
+    pub fn check(&self, hw: &impl Hardware, ipa: Ipa, size: u64) -> Result<(), Error> {
+        if ipa.0 % LEVEL2_SIZE + size > LEVEL2_SIZE {
+            return Err(Error::Invalid);
+        }
         left_out!(Occupied => if self.find(hw, ipa).is_ok() { return Ok(()) });
+        let used = |(table, slot)| {
+            let mut entries =
+                (slot..slot + index(size / PAGE_SIZE)).map(|i| hw.read_entry(table, i));
+            entries.any(|e| Entry(e).is_valid() || size > PAGE_SIZE && e != Entry::INVALID.0)
+        };
         match self.find(hw, ipa) {
-            Ok(table) if Entry(hw.read_entry(table, level3_index(ipa))).is_valid() => {
-                Err(MapError::Other(Error::Denied))
-            }
-            Err(missing) if missing > self.pool.len => {
-                Err(MapError::Tables(missing - self.pool.len))
-            }
+            Ok(place) if used(place) => Err(Error::Denied),
+            Err(missing) if missing > self.pool.len => Err(Error::NoMemory),
             _ => Ok(()),
         }
     }
 
-    /// Writes a leaf for an `ipa` that [`Self::check`] finds free. From invalid
-    /// to valid, so no TLB holds anything for it. A device's page is the caller's
-    /// to check.
+    /// Writes leaves for `size` bytes from `ipa` on that [`Self::check`] finds free. From
+    /// invalid to valid, so no TLB holds anything for them. A device's page is the
+    /// caller's to check.
     pub(crate) fn insert(
         &mut self,
         hw: &impl Hardware,
         ipa: Ipa,
-        leaf: Entry,
-    ) -> Result<(), MapError> {
-        self.check(hw, ipa)?;
+        (pa, size): (Pa, u64),
+        attributes: Attributes,
+    ) -> Result<(), Error> {
+        self.check(hw, ipa, size)?;
         let mut table = self.root;
         for slot in [level1_index(ipa), level2_index(ipa)] {
             let entry = Entry(hw.read_entry(table, slot));
             table = if entry.is_valid() {
                 entry.address()
             } else {
-                let next = self.pool.pop(hw).ok_or(MapError::Tables(1))?;
+                let next = self.pool.pop(hw).ok_or(Error::NoMemory)?;
                 hw.write_entry(table, slot, Entry::table(next).0);
                 next
             };
         }
-        hw.write_entry(table, level3_index(ipa), leaf.0);
+        for (n, at) in (0..).zip((0..size).step_by(index(PAGE_SIZE))) {
+            let leaf = Entry::page(pa.offset(at), attributes);
+            hw.write_entry(table, level3_index(ipa) + n, leaf.0);
+        }
         Ok(())
     }
 
-    /// Gives a clean page to the VM at `ipa` (I4: the token is used up, so the
-    /// page can't be mapped a second time), private or shared as `owner` says.
+    /// Gives clean pages to the VM at `ipa` (I4: the token is used up, so they
+    /// can't be mapped a second time), private or shared as `owner` says.
     ///
     /// # Errors
-    /// As [`Self::check`]; the page is the host's again then.
+    /// As [`Self::check`]; the pages are the host's again then.
     pub fn map(
         &mut self,
         m: &impl Machine,
         ipa: Ipa,
         page: Page<Clean>,
         owner: Owner,
-    ) -> Result<(), MapError> {
-        let result = self.insert(m.hw(), ipa, Entry::page(page.pa(), Attributes::Memory));
+    ) -> Result<(), Error> {
+        let size = page.size();
+        let result = self.insert(m.hw(), ipa, (page.pa(), size), Attributes::Memory);
         match result {
-            Ok(()) => m.pages().settle(page, owner),
-            // Not after a `check` under the same lock; still it must not be lost.
+            Ok(()) => {
+                m.pages().settle(page, owner);
+                self.join(m.hw(), Ipa(ipa.0 + size - PAGE_SIZE));
+            }
+            // Not after a `check` under the same lock; still they must not be lost.
             Err(_) => give_to_host(m, page),
         }
         result
+    }
+
+    /// Makes a block of the pages around `ipa`, where the last of them came, if they
+    /// are 2 MiB of memory in a row. Other vCPUs may fault in that moment.
+    fn join(&mut self, hw: &impl Hardware, ipa: Ipa) {
+        let level2 = Entry(hw.read_entry(self.root, level1_index(ipa))).address();
+        let table = Entry(hw.read_entry(level2, level2_index(ipa))).address();
+        let Some(block) = as_block(hw, table, level3_index(ipa), PAGE_SIZE) else { return };
+        replace(hw, (level2, level2_index(ipa)), block, || self.forget_block(hw, ipa));
+        // Kept, and zero as all that are spare.
+        hw.zero_page(table);
+        self.pool.push(hw, table);
+        self.pool.len -= 1;
+    }
+
+    /// The level 3 table of `ipa`, which has an entry in `level2`; a block becomes
+    /// pages, in the table that was kept for it.
+    fn split(&mut self, hw: &impl Hardware, level2: Pa, ipa: Ipa) -> Option<Pa> {
+        let entry = Entry(hw.read_entry(level2, level2_index(ipa)));
+        if !entry.is_block() {
+            return Some(entry.address());
+        }
+        self.pool.len += 1;
+        let table = self.pool.pop(hw)?;
+        for i in 0..ENTRIES {
+            let pa = entry.address().offset(i as u64 * PAGE_SIZE);
+            hw.write_entry(table, i, Entry::page(pa, Attributes::Memory).0);
+        }
+        let place = (level2, level2_index(ipa));
+        replace(hw, place, Entry::table(table), || self.forget_block(hw, ipa));
+        Some(table)
+    }
+
+    fn forget_block(&self, hw: &impl Hardware, ipa: Ipa) {
+        hw.invalidate_guest(self.vttbr(), Ipa(ipa.0 / LEVEL2_SIZE * LEVEL2_SIZE), LEVEL2_SIZE);
     }
 
     /// Takes the page at `ipa` out of the map and of all TLBs; `None` if there
@@ -161,8 +221,10 @@ impl GuestMap {
     /// unmapped.
     pub fn unmap(&mut self, m: &impl Machine, ipa: Ipa, version: u64) -> Option<Page<Isolated>> {
         let (hw, pages) = (m.hw(), m.pages());
-        let table = self.find(hw, ipa).ok()?;
-        let slot = level3_index(ipa);
+        let (mut table, mut slot) = self.find(hw, ipa).ok()?;
+        if Entry(hw.read_entry(table, slot)).is_block() {
+            (table, slot) = (self.split(hw, table, ipa)?, level3_index(ipa));
+        }
         let entry = Entry(hw.read_entry(table, slot));
         if !entry.is_valid() {
             return None;
@@ -172,7 +234,7 @@ impl GuestMap {
         hw.write_entry(table, slot, Entry::gone(version).0);
         left_out!(Lost => hw.write_entry(table, slot, Entry::INVALID.0));
         left_out!(GuestTlb => return page);
-        hw.invalidate_guest(self.vttbr(), ipa);
+        hw.invalidate_guest(self.vttbr(), ipa, PAGE_SIZE);
         page
     }
 
@@ -207,7 +269,7 @@ impl GuestMap {
         let (hw, pages) = (m.hw(), m.pages());
         let Some((level1, level2)) = self.next_table(hw) else { return Ok(()) };
         let ipa = Ipa(self.cursor);
-        let parent = Entry(hw.read_entry(level2, level2_index(ipa))).address();
+        let parent = self.split(hw, level2, ipa).ok_or(Error::NoMemory)?;
         let mut left = budget;
         let start = level3_index(ipa);
         for slot in start..ENTRIES {
@@ -275,21 +337,6 @@ impl GuestMap {
         // No stage-2 ever shows a table.
         let page = m.pages().claim(pa, Owner::Table(self.slot)).ok()?;
         Some(page.isolated())
-    }
-}
-
-/// Why nothing could be mapped.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum MapError {
-    /// That many pages are missing in the pool.
-    Tables(u64),
-    /// Another reason; [`Error::Denied`] if something is mapped there.
-    Other(Error),
-}
-
-impl From<Error> for MapError {
-    fn from(error: Error) -> Self {
-        Self::Other(error)
     }
 }
 

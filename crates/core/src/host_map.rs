@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The host's stage-2: an identity map of its RAM in blocks, and of the
 //! allow-listed device windows. A page that leaves the host is replaced by the
-//! zero frame, read only (I2's exception); blocks are split where they must be.
+//! zero frame, read only (I2's exception); blocks are split where they must be, and
+//! joined when the last of their pages is back.
 //!
 //! Every 2 MiB of RAM have their level 3 table, at a fixed place in the carve-out
 //! and filled from boot on. The devices' stage-2 (the SMMU's) always leads to these
@@ -20,9 +21,10 @@ use havmsi_abi::{Error, PAGE_SIZE};
 use crate::addr::{Ipa, Pa, index};
 use crate::hw::Hardware;
 use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages};
-use crate::ram::{Ram, Range};
+use crate::ram::{MAX_BANKS, Ram, Range};
 use crate::stage2::{
-    Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, level1_index, level2_index, level3_index,
+    Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, as_block, level1_index, level2_index,
+    level3_index, replace,
 };
 
 /// What the host's access to an address should find.
@@ -30,6 +32,8 @@ use crate::stage2::{
 pub enum Resolution {
     /// The map permits it by now: try again.
     Retry,
+    /// It stores to a device that the host may only read: nothing happens.
+    Ignored,
     /// It is not the host's.
     Refused,
 }
@@ -52,7 +56,7 @@ impl HostMap {
         hw: &impl Hardware,
         ram: Ram,
         carveout_size: u64,
-        devices: impl Iterator<Item = Range>,
+        devices: impl Iterator<Item = (Range, Attributes)>,
     ) -> Result<Self, Error> {
         let [first, ..] = *ram.banks();
         let mut map = Self { carveout: Pa(first.base), ram, device_tables: 0 };
@@ -77,8 +81,8 @@ impl HostMap {
                 map.add_ram(hw, Pa(at), Range { base: bank.base + skip, size: bank.size - skip })?;
             }
         }
-        for window in devices {
-            map.add_device(hw, window)?;
+        for (window, attributes) in devices {
+            map.add_device(hw, window, attributes)?;
         }
         Ok(map)
     }
@@ -109,19 +113,13 @@ impl HostMap {
     }
 
     /// The place of the level 2 table for the GiB of RAM around `pa`, among the
-    /// `tables` of CPUs or devices: GiBs are counted from the bottom of each bank.
+    /// `tables` of CPUs or devices: each bank has its share of them.
     fn level2_table(&self, tables: u64, pa: Pa) -> Option<Pa> {
-        let mut number = 0;
-        for bank in self.ram.banks() {
-            let first = bank.base / LEVEL1_SIZE;
-            if bank.contains(pa.0, 1) {
-                number += pa.0 / LEVEL1_SIZE - first;
-                return (number < carveout::LEVEL2_TABLE_COUNT)
-                    .then(|| self.carveout.offset(tables + number * PAGE_SIZE));
-            }
-            number += (bank.base + bank.size).div_ceil(LEVEL1_SIZE) - first;
-        }
-        None
+        const SHARE: u64 = carveout::LEVEL2_TABLE_COUNT / MAX_BANKS as u64;
+        let mut banks = (0..).zip(self.ram.banks());
+        let (n, bank) = banks.find(|(_, bank)| bank.contains(pa.0, 1))?;
+        let number = pa.0 / LEVEL1_SIZE - bank.base / LEVEL1_SIZE;
+        (number < SHARE).then(|| self.carveout.offset(tables + (n * SHARE + number) * PAGE_SIZE))
     }
 
     /// The place of the level 3 table for the 2 MiB of RAM around `pa`.
@@ -156,7 +154,12 @@ impl HostMap {
     }
 
     /// At boot: maps a device window, for CPUs only.
-    fn add_device(&mut self, hw: &impl Hardware, window: Range) -> Result<(), Error> {
+    fn add_device(
+        &mut self,
+        hw: &impl Hardware,
+        window: Range,
+        attributes: Attributes,
+    ) -> Result<(), Error> {
         let end = window.base.checked_add(window.size).ok_or(Error::Invalid)?;
         if !window.base.is_multiple_of(PAGE_SIZE)
             || !window.size.is_multiple_of(PAGE_SIZE)
@@ -170,12 +173,12 @@ impl HostMap {
             let ipa = Ipa(at);
             let level2 = self.device_table(hw, self.root(), level1_index(ipa))?;
             if at.is_multiple_of(LEVEL2_SIZE) && end - at >= LEVEL2_SIZE {
-                let entry = Entry::block(Pa(at), Attributes::Device);
+                let entry = Entry::block(Pa(at), attributes);
                 hw.write_entry(level2, level2_index(ipa), entry.0);
                 at += LEVEL2_SIZE;
             } else {
                 let level3 = self.device_table(hw, level2, level2_index(ipa))?;
-                let entry = Entry::page(Pa(at), Attributes::Device);
+                let entry = Entry::page(Pa(at), attributes);
                 hw.write_entry(level3, level3_index(ipa), entry.0);
                 at += PAGE_SIZE;
             }
@@ -212,66 +215,89 @@ impl HostMap {
             [(self.root(), level1_index(ipa), level2), (level2, level2_index(ipa), level3)]
         {
             if Entry(hw.read_entry(table, slot)).is_block() {
-                hw.write_entry(table, slot, Entry::INVALID.0);
-                hw.invalidate_host(ipa);
-                hw.write_entry(table, slot, Entry::table(next).0);
+                let forget = || hw.invalidate_host(ipa, PAGE_SIZE);
+                replace(hw, (table, slot), Entry::table(next), forget);
             }
         }
         Ok(level3)
     }
 
-    /// No TLB of a CPU or of the SMMU holds anything of a page any more.
-    fn invalidate(hw: &impl Hardware, ipa: Ipa) {
-        hw.invalidate_host(ipa);
-        left_out!(DevicesTlb => return);
-        hw.invalidate_devices(ipa);
+    /// Joins the CPUs' blocks around `pa` where their pages are all the host's. What
+    /// devices walk through stays as it is.
+    fn join(&self, hw: &impl Hardware, pa: Pa) {
+        let Some(level2) = self.level2_table(LEVEL2_TABLES, pa) else { return };
+        let Some(level3) = self.level3_table(pa) else { return };
+        let ipa = Ipa(pa.0);
+        for (place, table, slot, size) in [
+            ((level2, level2_index(ipa)), level3, level3_index(ipa), PAGE_SIZE),
+            ((self.root(), level1_index(ipa)), level2, level2_index(ipa), LEVEL2_SIZE),
+        ] {
+            let Some(block) = as_block(hw, table, slot, size) else { return };
+            let forget = || hw.invalidate_host(Ipa(block.address().0), size * ENTRIES as u64);
+            replace(hw, place, block, forget);
+        }
     }
 
-    /// Takes a host page out of the host's map, the devices' and all TLBs. If the
+    /// No TLB of a CPU or of the SMMU holds anything of these pages any more.
+    fn invalidate(hw: &impl Hardware, ipa: Ipa, size: u64) {
+        hw.invalidate_host(ipa, size);
+        left_out!(DevicesTlb => return);
+        hw.invalidate_devices(ipa, size);
+    }
+
+    /// Takes pages out of the host's map, the devices' and all TLBs. If the
     /// host reads there it finds zeros ([`Self::resolve`]).
     ///
     /// # Errors
-    /// [`Error::Denied`], with the page given back, if no table can map it
-    /// (it is not RAM, so it can't have been claimed).
+    /// [`Error::Denied`], with the pages given back, if no table can map them
+    /// (they are not RAM, so they can't have been claimed).
     pub fn hide(
         &mut self,
         hw: &impl Hardware,
         pages: &Pages<'_>,
         page: Page<Claimed>,
     ) -> Result<Page<Isolated>, Error> {
-        let ipa = Ipa(page.pa().0);
         left_out!(Hide => return Ok(page.isolated()));
         left_out!(Ram => if self.level3_table(page.pa()).is_none() { return Ok(page.isolated()) });
-        match self.split_to_page(hw, page.pa()) {
-            Ok(table) => {
-                hw.write_entry(table, level3_index(ipa), Entry::HIDDEN.0);
-                left_out!(HostTlb => return Ok(page.isolated()));
-                Self::invalidate(hw, ipa);
-                Ok(page.isolated())
+        let mut table = None;
+        for pa in page.each() {
+            let slot = level3_index(Ipa(pa.0));
+            // Each table has 2 MiB.
+            if slot == 0 || table.is_none() {
+                table = self.split_to_page(hw, pa).ok();
             }
-            Err(error) => {
+            let Some(table) = table else {
                 pages.unclaim(page);
-                Err(error)
-            }
+                return Err(Error::Denied);
+            };
+            hw.write_entry(table, slot, Entry::HIDDEN.0);
         }
+        left_out!(HostTlb => return Ok(page.isolated()));
+        Self::invalidate(hw, Ipa(page.pa().0), page.size());
+        Ok(page.isolated())
     }
 
-    /// Shows a page to the host, devices included, and settles it: the host's, or
-    /// of a VM that shares it.
+    /// Shows pages to the host, devices included, and settles them: the host's, or
+    /// of a VM that shares them. What is the host's alone can be part of a block.
     pub fn show(&mut self, hw: &impl Hardware, pages: &Pages<'_>, page: Page<Clean>, owner: Owner) {
-        let ipa = Ipa(page.pa().0);
-        // Every page that was hidden has its tables.
-        let Ok(table) = self.split_to_page(hw, page.pa()) else { return };
-        let slot = level3_index(ipa);
-        let (old, new) =
-            (Entry(hw.read_entry(table, slot)), Entry::page(page.pa(), Attributes::Memory));
-        // From invalid to valid no TLB needs to forget anything; the zero frame, if
-        // the host looked there, must go first. What was shared is there.
-        if old.is_valid() && old != new {
-            hw.write_entry(table, slot, Entry::INVALID.0);
-            Self::invalidate(hw, ipa);
+        for pa in page.each() {
+            // Every page that was hidden has its tables.
+            let Ok(table) = self.split_to_page(hw, pa) else { return };
+            let slot = level3_index(Ipa(pa.0));
+            let (old, new) =
+                (Entry(hw.read_entry(table, slot)), Entry::page(pa, Attributes::Memory));
+            // From invalid to valid no TLB needs to forget anything; the zero frame, if
+            // the host looked there, must go first. What was shared is there.
+            if old.is_valid() && old != new {
+                let forget = || Self::invalidate(hw, Ipa(pa.0), PAGE_SIZE);
+                replace(hw, (table, slot), new, forget);
+            } else {
+                hw.write_entry(table, slot, new.0);
+            }
+            if owner == Owner::Host {
+                self.join(hw, pa);
+            }
         }
-        hw.write_entry(table, slot, new.0);
         pages.settle(page, owner);
     }
 
@@ -295,6 +321,8 @@ impl HostMap {
             && (!execute || entry.is_executable())
         {
             Resolution::Retry
+        } else if write && entry == Entry::page(Pa(ipa.page().0), Attributes::DeadDevice) {
+            Resolution::Ignored
         } else {
             Resolution::Refused
         }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::vec::Vec;
 use std::{format, vec};
 
-use havmsi_abi::{Error, PAGE_SIZE};
+use havmsi_abi::{Error, MAX_PAGES_PER_MAP, PAGE_SIZE};
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestCaseResult};
 
@@ -14,17 +14,20 @@ use crate::addr::{Ipa, Pa};
 use crate::fake::{
     BANK2, BASE, CARVEOUT, Event, FakeMachine, PAGES, UART, host_page, records, root,
 };
-use crate::guest_map::MapError;
 use crate::hypercall;
 use crate::launch::{Boot, Config};
 use crate::page::{Owner, VmSlot};
 use crate::seal::Tag;
-use crate::stage2::{Attributes, Entry, level1_index, level2_index, level3_index, vttbr};
+use crate::stage2::{
+    Attributes, Entry, LEVEL2_SIZE, level1_index, level2_index, level3_index, vttbr,
+};
 use crate::vm::Vm;
 use crate::vm::tests::{Snapshot, check};
 
 const RAM: u64 = 0x8000_0000;
 const RAM_SIZE: u64 = 0x4020_0000;
+/// 2 MiB of the host's that can be a block.
+const BLOCK: u64 = BANK2 + LEVEL2_SIZE;
 const HIGH: u64 = 0x1_0000_0000;
 const GICV: u64 = 0x804_0000;
 /// Addresses that the host tries for a guest's page.
@@ -61,7 +64,7 @@ fn page(n: u64) -> Pa {
         BASE + CARVEOUT - 0x1000,
         BASE + (6 << 20),
         BANK2 - 0x1000,
-        BANK2 + (2 << 20),
+        BANK2 + (4 << 20),
         UART,
         0,
         BASE + CARVEOUT + 8,
@@ -85,6 +88,8 @@ enum Op {
     Map(u64, u64, bool),
     /// Something that was sealed once, wherever.
     Replay(u64, u64, usize),
+    /// Pages in a row: IPA, address, number; not one.
+    MapRun(u64, u64, u64),
     Unmap(u64, u64),
     MapDevice(u64),
     Pool(u64, u64),
@@ -139,6 +144,13 @@ fn step() -> impl Strategy<Value = Step> {
         9 => (ipa(), any_page(), prop::bool::weighted(0.95))
             .prop_map(|(ipa, page, honest)| Op::Map(ipa, page, honest)),
         1 => (ipa(), any_page(), any::<usize>()).prop_map(|(i, p, n)| Op::Replay(i, p, n)),
+        // A quarter of a block.
+        4 => (0..3_u64, 0..4_u64).prop_map(|(block, part)| {
+            let at = part * MAX_PAGES_PER_MAP * PAGE_SIZE;
+            Op::MapRun(RAM + block * LEVEL2_SIZE + at, BLOCK + at, MAX_PAGES_PER_MAP)
+        }),
+        2 => (ipa(), any_page(), 2..6_u64).prop_map(|(ipa, at, n)| Op::MapRun(ipa, page(at).0, n)),
+        1 => (ipa(), 127..131_u64).prop_map(|(ipa, n)| Op::MapRun(ipa, BLOCK, n)),
         4 => (ipa(), 0..35_u64).prop_map(|(ipa, n)| Op::Unmap(ipa, n)),
         1 => (0x801_0000..0x801_2001_u64).prop_map(|ipa| Op::MapDevice(ipa & !0x7ff)),
         2 => (any_page(), 0..6_u64).prop_map(|(page, n)| Op::Pool(page, n)),
@@ -148,8 +160,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (ipa(), 0..WORDS, any::<u64>()).prop_map(|(i, w, v)| Op::GuestWrite(i, w, v)),
         1 => (vcpu(), functions, 0..4_u64)
             .prop_map(|(idx, f, target)| Op::GuestCall(idx, [f, target, 0, 0])),
-        9 => few().prop_map(Op::Share),
-        9 => few().prop_map(Op::Unshare),
+        12 => few().prop_map(Op::Share),
+        12 => few().prop_map(Op::Unshare),
         1 => (vcpu(), 0..2_u64).prop_map(|(idx, result)| Op::Answer(idx, result)),
     ];
     (0..2_usize, prop::option::weighted(0.1, 0..POOL), op)
@@ -161,7 +173,7 @@ fn prepare(m: &FakeMachine<'_>, vm: &mut Vm, n: u64, stage: u8) {
         return;
     }
     let config = Config { max_vcpus: 3, ipa_bits: 34, gic: 2 };
-    vm.create(slot(n), root(slot(n)), config, 0).unwrap();
+    vm.create(slot(n), root(slot(n)), config, 0, [n.to_le_bytes()[0] + 1; 32]).unwrap();
     vm.add_ram(RAM, RAM_SIZE).unwrap();
     vm.create_vcpu(m, 0, host_page(2 * n).0, 0).unwrap();
     vm.create_vcpu(m, 1, host_page(2 * n + 1).0, 1).unwrap();
@@ -211,10 +223,6 @@ struct World<'a> {
     before: Snapshot,
 }
 
-fn plain(error: Error) -> MapError {
-    error.into()
-}
-
 impl<'a> World<'a> {
     fn new(m: &'a FakeMachine<'a>, vms: [Vm; 2]) -> Self {
         let before = Snapshot::new(m, vms.iter());
@@ -242,6 +250,9 @@ impl<'a> World<'a> {
             let entry = Entry(self.m.hw.peek(table, index));
             if !entry.is_valid() {
                 return None;
+            }
+            if entry.is_block() {
+                return Some(entry.address().offset(Ipa(ipa).page().0 % LEVEL2_SIZE));
             }
             table = entry.address();
         }
@@ -273,7 +284,7 @@ impl<'a> World<'a> {
     }
 
     /// Takes a page, and remembers what came.
-    fn unmap(&mut self, n: usize, ipa: u64, count: u64) -> Result<(), MapError> {
+    fn unmap(&mut self, n: usize, ipa: u64, count: u64) -> Result<(), Error> {
         let m = self.m;
         let range = ipa..ipa.saturating_add(count.min(64) * PAGE_SIZE);
         let first = self.memory.keys().find(|(vm, at)| *vm == n && range.contains(at)).copied();
@@ -301,20 +312,20 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    fn act(&mut self, n: usize, op: &Op, tag: Tag) -> Result<(), MapError> {
+    fn act(&mut self, n: usize, op: &Op, tag: Tag) -> Result<(), Error> {
         let m = self.m;
         let root = root(slot(n as u64));
         let vttbr = vttbr(root, slot(n as u64).vmid());
         let vm = &mut self.vms[n];
         match *op {
             Op::Create(config) => {
-                vm.create(slot(n as u64), root, config, 0).map(|_| ()).map_err(plain)
+                vm.create(slot(n as u64), root, config, 0, [n.to_le_bytes()[0] + 1; 32]).map(|_| ())
             }
-            Op::AddRam(base, size) => vm.add_ram(base, size).map_err(plain),
-            Op::CreateVcpu(idx, at) => vm.create_vcpu(m, idx, page(at).0, 0).map_err(plain),
-            Op::SetBoot(idx) => vm.set_boot(idx, Boot::default()).map_err(plain),
+            Op::AddRam(base, size) => vm.add_ram(base, size),
+            Op::CreateVcpu(idx, at) => vm.create_vcpu(m, idx, page(at).0, 0),
+            Op::SetBoot(idx) => vm.set_boot(idx, Boot::default()),
             Op::Populate(ipa, at) => vm.populate(m, ipa, page(at).0, &mut [0; 4096]),
-            Op::Activate => vm.activate(m).map(|_| ()).map_err(plain),
+            Op::Activate => vm.activate(m).map(|_| ()),
             Op::Enter(idx) => {
                 let run = vm.enter(idx)?;
                 assert_eq!(run.vttbr, vttbr);
@@ -331,11 +342,12 @@ impl<'a> World<'a> {
                 Ok(())
             }
             Op::Map(ipa, at, _) | Op::Replay(ipa, at, _) => vm.map_page(m, ipa, page(at).0, tag),
+            Op::MapRun(ipa, pa, n) => vm.map_pages(m, ipa, pa, n * PAGE_SIZE, tag),
             Op::Unmap(ipa, count) => self.unmap(n, ipa, count),
             Op::MapDevice(ipa) => vm.map_device(m, ipa, Pa(GICV)),
-            Op::Pool(at, count) => vm.donate_pool(m, page(at).0, count).map_err(plain),
-            Op::Reset => vm.reset(m).map_err(plain),
-            Op::Destroy => vm.destroy(m, |_| ()).map_err(plain),
+            Op::Pool(at, count) => vm.donate_pool(m, page(at).0, count),
+            Op::Reset => vm.reset(m),
+            Op::Destroy => vm.destroy(m, |_| ()),
             Op::HostWrite(at, word, value) => {
                 let pa = page(at);
                 if m.host_leaf(pa).is_some_and(Entry::is_writable) && pa.0 != UART {
@@ -370,8 +382,8 @@ impl<'a> World<'a> {
                 }
                 Ok(())
             }
-            Op::Share(ipa) => vm.share(m, Ipa(ipa)).map_err(plain),
-            Op::Unshare(ipa) => vm.unshare(m, Ipa(ipa)).map_err(plain),
+            Op::Share(ipa) => vm.share(m, Ipa(ipa)),
+            Op::Unshare(ipa) => vm.unshare(m, Ipa(ipa)),
             Op::Answer(idx, result) => {
                 vm.cpu_on_answered(idx, result);
                 Ok(())
@@ -391,12 +403,13 @@ impl<'a> World<'a> {
         let contents: Vec<_> = (0..POOL).map(|at| self.content(page(at))).collect();
         m.hw.take_events();
         let result = self.act(*n, op, tag);
-        let step = matches!(op, Op::Reset | Op::Destroy) && result == Err(plain(Error::Again));
+        let step = matches!(op, Op::Reset | Op::Destroy) && result == Err(Error::Again);
         if !matches!(op, Op::Reset | Op::Destroy) {
             // No call is long.
             let events = m.hw.take_events();
             let wiped = events.iter().filter(|e| matches!(e, Event::Zero(_))).count();
-            prop_assert!(wiped <= 32 && events.len() < 8 * 1024);
+            // And a table, when a block is made.
+            prop_assert!(wiped as u64 <= MAX_PAGES_PER_MAP + 1 && events.len() < 8 * 1024);
         }
         // Only these take pages from a guest.
         if result.is_ok() || step {
@@ -422,13 +435,17 @@ impl<'a> World<'a> {
                     };
                     self.memory.insert((*n, ipa), content);
                 }
+                Op::MapRun(ipa, _, count) => {
+                    let places = (0..count).map(|i| (*n, ipa + i * PAGE_SIZE));
+                    self.memory.extend(places.map(|place| (place, [0; WORDS])));
+                }
                 Op::Populate(ipa, at) => {
                     self.memory.insert((*n, ipa), contents[crate::addr::index(at)]);
                 }
                 _ => {}
             }
         }
-        let stops = result == Err(plain(Error::Integrity)) && !self.stopped[*n];
+        let stops = result == Err(Error::Integrity) && !self.stopped[*n];
         if stops {
             let (Op::Map(ipa, at, _) | Op::Replay(ipa, at, _)) = *op else {
                 return Err(TestCaseError::fail(format!("{op:?} stops the VM")));
@@ -473,12 +490,21 @@ impl<'a> World<'a> {
         Ok(())
     }
 
+    /// If the first VM is active, it has a block.
+    fn map_block(&mut self) -> TestCaseResult {
+        (0..4).try_for_each(|part| {
+            let at = part * MAX_PAGES_PER_MAP * PAGE_SIZE;
+            let ipa = RAM + LEVEL2_SIZE + at;
+            self.step(&(0, None, Op::MapRun(ipa, BLOCK + at, MAX_PAGES_PER_MAP)))
+        })
+    }
+
     fn end(&mut self) -> TestCaseResult {
         for n in 0..2 {
             for idx in 0..4 {
                 self.step(&(n, None, Op::Leave(idx)))?;
             }
-            for _ in 0..20 {
+            for _ in 0..60 {
                 if self.vms[n].exists() {
                     self.step(&(n, None, Op::Destroy))?;
                 }
@@ -502,6 +528,7 @@ proptest! {
     #[test]
     fn no_call_breaks_an_invariant(
         stages in [0..3_u8, 0..3_u8],
+        block in any::<bool>(),
         steps in prop::collection::vec(step(), 1..80),
     ) {
         let records = records();
@@ -512,6 +539,9 @@ proptest! {
             prepare(&m, vm, n, stage);
         }
         let mut world = World::new(&m, vms);
+        if block {
+            world.map_block()?;
+        }
         for step in &steps {
             world.step(step)?;
         }
@@ -535,6 +565,9 @@ fn hostile_steps_get_somewhere() {
         prepare(&m, &mut vms[0], 0, 2);
         prepare(&m, &mut vms[1], 1, 1);
         let mut world = World::new(&m, vms);
+        world.map_block().unwrap();
+        let level2 = Entry(m.hw.peek(root(slot(0)), level1_index(Ipa(RAM)))).address();
+        assert!(Entry(m.hw.peek(level2, 1)).is_block());
         for _ in 0..60 {
             let (n, _, op) = step().new_tree(&mut runner).unwrap().current();
             let state =
@@ -547,7 +580,7 @@ fn hostile_steps_get_somewhere() {
             }
         }
     }
-    for name in ["Map", "Replay", "Populate", "Unmap", "Share", "Unshare"] {
+    for name in ["Map", "MapRun", "Replay", "Populate", "Unmap", "Share", "Unshare"] {
         let n = done.get(&Some(name.into())).copied().unwrap_or(0);
         assert!(cfg!(miri) || n >= 5, "{name} changed a map {n} times");
     }

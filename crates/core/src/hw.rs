@@ -27,16 +27,16 @@ pub trait Hardware {
     /// Makes instruction fetches of all CPUs see what memory holds.
     fn invalidate_icache(&self);
 
-    /// Removes what any TLB holds for `ipa` in the host's stage-2, the
-    /// combined stage-1 and stage-2 entries included.
-    fn invalidate_host(&self, ipa: Ipa);
+    /// Removes what any TLB holds for `size` bytes from `ipa` on in the host's
+    /// stage-2, the combined stage-1 and stage-2 entries included.
+    fn invalidate_host(&self, ipa: Ipa, size: u64);
 
-    /// Removes what the SMMU holds for `ipa` in the devices' stage-2, and waits
+    /// Removes what the SMMU holds for them in the devices' stage-2, and waits
     /// until all that devices have sent by what it held has arrived.
-    fn invalidate_devices(&self, ipa: Ipa);
+    fn invalidate_devices(&self, ipa: Ipa, size: u64);
 
-    /// Removes what any TLB holds for `ipa` in the stage-2 whose `VTTBR_EL2` is given.
-    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa);
+    /// Removes what any TLB holds for them in the stage-2 whose `VTTBR_EL2` is given.
+    fn invalidate_guest(&self, vttbr: u64, ipa: Ipa, size: u64);
 
     /// Removes all that any TLB holds for the stage-2 whose `VTTBR_EL2` is given.
     fn invalidate_guest_all(&self, vttbr: u64);

@@ -20,7 +20,7 @@ use core::marker::PhantomData;
 #[cfg(not(any(feature = "loom", feature = "shuttle")))]
 use core::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
-use havmsi_abi::Error;
+use havmsi_abi::{Error, PAGE_SIZE};
 // In `schedules/` only: their atomics in place of the CPU's.
 #[cfg(feature = "loom")]
 use loom::sync::atomic::{AtomicU16, AtomicU64, Ordering};
@@ -102,23 +102,37 @@ pub struct Isolated;
 #[derive(Debug)]
 pub struct Clean;
 
-/// A page in motion. Exactly one token exists for a record that says `Moving`.
+/// A page in motion, or a run of pages that move together. A record that says
+/// `Moving` has exactly one token.
 #[derive(Debug)]
 #[must_use = "a page in motion has no owner until it is settled"]
 pub struct Page<S> {
     pa: Pa,
+    /// How many pages.
+    n: u64,
     was: Owner,
     state: PhantomData<S>,
 }
 
 impl<S> Page<S> {
-    /// Where the page is.
+    /// Where the page is, or the first one.
     pub const fn pa(&self) -> Pa {
         self.pa
     }
 
+    /// Bytes of all.
+    pub const fn size(&self) -> u64 {
+        self.n * PAGE_SIZE
+    }
+
+    /// Where each page is.
+    pub(crate) fn each(&self) -> impl Iterator<Item = Pa> + use<S> {
+        let pa = self.pa;
+        (0..self.n).map(move |i| pa.offset(i * PAGE_SIZE))
+    }
+
     fn into_state<T>(self) -> Page<T> {
-        Page { pa: self.pa, was: self.was, state: PhantomData }
+        Page { pa: self.pa, n: self.n, was: self.was, state: PhantomData }
     }
 }
 
@@ -163,11 +177,11 @@ impl Page<Isolated> {
         (page, result)
     }
 
-    /// Wipes the page; no instruction cache keeps what the old owner ran there.
+    /// Wipes the pages; no instruction cache keeps what the old owner ran there.
     pub fn scrub(self, hw: &impl Hardware) -> Page<Clean> {
         left_out!(ScrubIn => if self.was == Owner::Host { return self.into_state() });
         left_out!(ScrubOut => if self.was != Owner::Host { return self.into_state() });
-        hw.zero_page(self.pa);
+        self.each().for_each(|page| hw.zero_page(page));
         hw.invalidate_icache();
         self.into_state()
     }
@@ -244,22 +258,46 @@ impl<'a> Pages<'a> {
     /// [`Error::Denied`] if it is not RAM or not `owner`'s, [`Error::Again`] if
     /// another CPU has it in motion.
     pub fn claim(&self, pa: Pa, owner: Owner) -> Result<Page<Claimed>, Error> {
-        left_out!(Ram => if self.record(pa).is_none() { return Ok(Page { pa, was: owner, state: PhantomData }) });
+        left_out!(Ram => if self.record(pa).is_none() { return Ok(Page { pa, n: 1, was: owner, state: PhantomData }) });
         let record = self.record(pa).ok_or(Error::Denied)?;
         left_out!(Owner => return self.claim_from_anyone(pa, owner).ok_or(Error::Denied));
         left_out!(ClaimOnce => return Self::claim_in_two_steps(pa, owner, record));
         match record.compare_exchange(owner.encode(), MOVING, Ordering::Acquire, Ordering::Relaxed)
         {
-            Ok(_) => Ok(Page { pa, was: owner, state: PhantomData }),
+            Ok(_) => Ok(Page { pa, n: 1, was: owner, state: PhantomData }),
             Err(MOVING) => Err(Error::Again),
             Err(_) => Err(Error::Denied),
         }
     }
 
+    /// Takes `n` pages in a row, all or none.
+    ///
+    /// # Errors
+    /// As [`Self::claim`], for the first that is not to be had.
+    pub fn claim_run(&self, pa: Pa, n: u64, owner: Owner) -> Result<Page<Claimed>, Error> {
+        let mut run = self.claim(pa, owner)?;
+        while run.n < n {
+            let pa = pa.offset(run.size());
+            let next = self.claim(pa, owner);
+            #[cfg(feature = "leave-out")]
+            let next = if left_out!(EveryPage) {
+                next.or_else(|error| self.claim_from_anyone(pa, owner).ok_or(error))
+            } else {
+                next
+            };
+            if next.is_err() {
+                self.unclaim(run);
+                return next;
+            }
+            run.n += 1;
+        }
+        Ok(run)
+    }
+
     #[cfg(feature = "leave-out")]
     pub(crate) fn claim_from_anyone(&self, pa: Pa, was: Owner) -> Option<Page<Claimed>> {
         self.record(pa)?.store(MOVING, Ordering::Relaxed);
-        Some(Page { pa, was, state: PhantomData })
+        Some(Page { pa, n: 1, was, state: PhantomData })
     }
 
     #[cfg(feature = "leave-out")]
@@ -273,18 +311,18 @@ impl<'a> Pages<'a> {
         }
         crate::leave_out::pause();
         record.store(MOVING, Ordering::Relaxed);
-        Ok(Page { pa, was: owner, state: PhantomData })
+        Ok(Page { pa, n: 1, was: owner, state: PhantomData })
     }
 
     /// A token for a page that nobody has looked at.
     #[cfg(feature = "leave-out")]
     pub(crate) fn not_claimed(pa: Pa) -> Page<Claimed> {
-        Page { pa, was: Owner::Host, state: PhantomData }
+        Page { pa, n: 1, was: Owner::Host, state: PhantomData }
     }
 
-    /// Gives a claimed page back to the owner it was taken from; nothing has happened.
+    /// Gives claimed pages back to the owner they were taken from; nothing has happened.
     pub fn unclaim(&self, page: Page<Claimed>) {
-        self.put(page.pa, page.was);
+        self.put(&page, page.was);
     }
 
     /// Lends a host page to the monitor as a run page, or gives it back; it
@@ -294,30 +332,37 @@ impl<'a> Pages<'a> {
             (page.was, owner),
             (Owner::Host, Owner::RunPage(_)) | (Owner::RunPage(_), Owner::Host)
         ));
-        self.put(page.pa, owner);
+        self.put(&page, owner);
     }
 
-    /// Gives a clean page to its new owner.
+    /// Gives clean pages to their new owner.
     pub fn settle(&self, page: Page<Clean>, owner: Owner) {
-        self.counter(page.was).fetch_sub(1, Ordering::Relaxed);
-        self.counter(owner).fetch_add(1, Ordering::Relaxed);
-        self.put(page.pa, owner);
+        self.counter(page.was).fetch_sub(page.n, Ordering::Relaxed);
+        self.counter(owner).fetch_add(page.n, Ordering::Relaxed);
+        self.put(&page, owner);
     }
 
-    fn put(&self, pa: Pa, owner: Owner) {
-        if let Some(record) = self.record(pa) {
+    fn put<S>(&self, page: &Page<S>, owner: Owner) {
+        for record in page.each().filter_map(|pa| self.record(pa)) {
             record.store(owner.encode(), Ordering::Release);
         }
     }
 
-    /// Pages of each kind, for statistics; other CPUs may be moving pages meanwhile.
+    /// Pages of this kind, whatever VM's, for statistics; other CPUs may be moving pages
+    /// meanwhile.
+    pub fn count(&self, owner: Owner) -> u64 {
+        self.counter(owner).load(Ordering::Relaxed)
+    }
+
+    /// Pages of all kinds.
+    #[cfg(any(test, feature = "audit"))]
     pub fn census(&self) -> Census {
-        let count = |owner| self.counter(owner).load(Ordering::Relaxed);
+        let any = VmSlot(0);
         Census {
-            host: count(Owner::Host),
-            table: count(Owner::Table(VmSlot(0))),
-            private: count(Owner::Private(VmSlot(0))),
-            shared: count(Owner::Shared(VmSlot(0))),
+            host: self.count(Owner::Host),
+            table: self.count(Owner::Table(any)),
+            private: self.count(Owner::Private(any)),
+            shared: self.count(Owner::Shared(any)),
         }
     }
 
@@ -327,6 +372,7 @@ impl<'a> Pages<'a> {
 }
 
 /// Pages by owner.
+#[cfg(any(test, feature = "audit"))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Census {
     /// The host's, run pages included.
@@ -386,6 +432,42 @@ mod tests {
         assert_eq!(pages.claim(pa, Owner::Host).unwrap_err(), Error::Again);
         pages.unclaim(page);
         assert_eq!(pages.owner(pa), Some(Owner::Host));
+    }
+
+    #[test]
+    fn a_run_is_claimed_whole_or_not_at_all() {
+        let r = records();
+        let pages = Pages::new(ram(), &r).unwrap();
+        let at = |n: u64| Pa(0x4000_0000 + n * 0x1000);
+        for n in 0..7 {
+            pages.give_to_host(at(n));
+        }
+        let owners = || (0..8).map(|n| pages.owner(at(n))).collect::<std::vec::Vec<_>>();
+        let before = owners();
+        // The last one is the monitor's; behind it is none.
+        for (first, n) in [(0, 8), (6, 2), (7, 1), (3, u64::MAX)] {
+            let error = pages.claim_run(at(first), n, Owner::Host).unwrap_err();
+            assert_eq!((error, owners()), (Error::Denied, before.clone()));
+        }
+        let held = pages.claim(at(4), Owner::Host).unwrap();
+        assert_eq!(pages.claim_run(at(2), 4, Owner::Host).unwrap_err(), Error::Again);
+        pages.unclaim(held);
+        assert_eq!(owners(), before);
+        let run = pages.claim_run(at(2), 4, Owner::Host).unwrap();
+        assert_eq!((run.pa(), run.size()), (at(2), 0x4000));
+        assert_eq!(owners()[1..7], [before[1], None, None, None, None, before[6]]);
+        let hw = crate::fake::FakeHardware::default();
+        for n in 0..8 {
+            hw.poke(at(n), 5, 1);
+        }
+        pages.settle(run.isolated().scrub(&hw), Owner::Private(VmSlot(0)));
+        let zero: std::vec::Vec<_> = (0..8).filter(|n| hw.is_zero(at(*n))).collect();
+        assert_eq!(zero, [2, 3, 4, 5]);
+        assert_eq!(pages.census(), Census { host: 3, private: 4, ..Census::default() });
+        let page = pages.claim(at(3), Owner::Private(VmSlot(0))).unwrap();
+        assert_eq!(page.size(), 0x1000);
+        pages.settle(page.isolated().scrub(&hw), Owner::Host);
+        assert_eq!(pages.census(), Census { host: 4, private: 3, ..Census::default() });
     }
 
     #[test]

@@ -5,7 +5,10 @@
 //! 40 bits are translated from level 1 with two concatenated tables, which
 //! every Armv8-A CPU with a 40-bit physical range supports.
 
+use havmsi_abi::PAGE_SIZE;
+
 use crate::addr::{Ipa, Pa, index};
+use crate::hw::Hardware;
 
 /// Entries of one table.
 pub const ENTRIES: usize = 512;
@@ -36,6 +39,8 @@ pub enum Attributes {
     ReadOnly,
     /// Device-nGnRE; read, write, execute never.
     Device,
+    /// Device-nGnRE; read only, execute never: the host's stores are ignored.
+    DeadDevice,
 }
 
 impl Attributes {
@@ -43,7 +48,8 @@ impl Attributes {
         match self {
             Self::Memory => MEMATTR_NORMAL_WB | INNER_SHAREABLE | S2AP_READ | S2AP_WRITE,
             Self::ReadOnly => MEMATTR_NORMAL_WB | INNER_SHAREABLE | S2AP_READ | EXECUTE_NEVER,
-            Self::Device => MEMATTR_DEVICE_NGNRE | S2AP_READ | S2AP_WRITE | EXECUTE_NEVER,
+            Self::Device => Self::DeadDevice.bits() | S2AP_WRITE,
+            Self::DeadDevice => MEMATTR_DEVICE_NGNRE | S2AP_READ | EXECUTE_NEVER,
         }
     }
 }
@@ -81,6 +87,11 @@ impl Entry {
     /// A level 1 or 2 entry that maps a block.
     pub const fn block(pa: Pa, attributes: Attributes) -> Self {
         Self((pa.0 & ADDRESS) | attributes.bits() | ACCESS_FLAG | VALID)
+    }
+
+    /// An entry that maps `size` bytes: a page, or a block.
+    pub const fn leaf(pa: Pa, size: u64, attributes: Attributes) -> Self {
+        if size == PAGE_SIZE { Self::page(pa, attributes) } else { Self::block(pa, attributes) }
     }
 
     /// A level 1 or 2 entry that points to the next table.
@@ -126,7 +137,29 @@ pub fn level2_index(ipa: Ipa) -> usize {
 
 /// Index into a level 3 table.
 pub fn level3_index(ipa: Ipa) -> usize {
-    index(ipa.0 / havmsi_abi::PAGE_SIZE) % ENTRIES
+    index(ipa.0 / PAGE_SIZE) % ENTRIES
+}
+
+/// Puts `entry` in place of the valid one at a table's slot: break before make, with `forget` to
+/// invalidate what TLBs hold of that (Arm ARM D8.17).
+pub(crate) fn replace(hw: &impl Hardware, at: (Pa, usize), entry: Entry, forget: impl FnOnce()) {
+    hw.write_entry(at.0, at.1, Entry::INVALID.0);
+    forget();
+    hw.write_entry(at.0, at.1, entry.0);
+}
+
+/// The block that says the same as all of a table, whose entries are of `size`
+/// bytes each: memory in a row. Looks behind `slot` first, where a table that is
+/// filled in order has its hole.
+pub(crate) fn as_block(hw: &impl Hardware, table: Pa, slot: usize, size: u64) -> Option<Entry> {
+    let base = Entry(hw.read_entry(table, 0)).address();
+    let in_row = |i| {
+        let leaf = Entry::leaf(base.offset(i as u64 * size), size, Attributes::Memory);
+        hw.read_entry(table, i) == leaf.0
+    };
+    let whole = base.0.is_multiple_of(size * ENTRIES as u64)
+        && (1..=ENTRIES).all(|n| in_row((slot + n) % ENTRIES));
+    whole.then_some(Entry::block(base, Attributes::Memory))
 }
 
 /// `VTCR_EL2` for these tables, with the given `PS` field (output size):

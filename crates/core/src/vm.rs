@@ -10,10 +10,12 @@
 //!  └── destroy (Destroying) ◄───────────┘
 //! ```
 
-use havmsi_abi::{Error, MAX_PAGES_PER_CALL, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, PAGE_SIZE};
+use havmsi_abi::{
+    Error, MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, PAGE_SIZE,
+};
 
 use crate::addr::{Ipa, Pa, index};
-use crate::guest_map::{GuestMap, MapError};
+use crate::guest_map::GuestMap;
 use crate::host_map::HostMap;
 use crate::hw::Hardware;
 use crate::launch::{Boot, Config, Digest, Launch};
@@ -34,8 +36,6 @@ pub trait Machine {
     fn pages(&self) -> &Pages<'_>;
     /// The host's map, locked for the length of `f`.
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R;
-    /// 32 random bytes as words; `None` without entropy.
-    fn random(&self) -> Option<[u64; 4]>;
 }
 
 /// Wipes a page and gives it to the host.
@@ -162,7 +162,7 @@ impl Vm {
         launch: Launch::NEW,
         vcpus: [Vcpu::NONE; MAX_VCPUS_PER_VM],
         cntvoff: 0,
-        seal: Seal::NEW,
+        seal: Seal::new([0; 32]),
     };
 
     /// The handle of the VM in this slot.
@@ -184,7 +184,8 @@ impl Vm {
     }
 
     /// Makes a VM in this slot, which is number `slot`; gives its handle. `root`
-    /// is two zeroed pages at an 8 KiB boundary, kept for this slot.
+    /// is two zeroed pages at an 8 KiB boundary, kept for this slot; `key` is to seal
+    /// its pages and has never been used.
     ///
     /// # Errors
     /// [`Error::Busy`] if the slot is taken, [`Error::Invalid`] for a bad configuration.
@@ -194,6 +195,7 @@ impl Vm {
         root: Pa,
         config: Config,
         cntvoff: u64,
+        key: [u8; 32],
     ) -> Result<u64, Error> {
         if self.phase != Phase::Free {
             return Err(Error::Busy);
@@ -215,6 +217,7 @@ impl Vm {
         self.map = GuestMap::new(slot, root);
         self.config = config;
         self.cntvoff = cntvoff;
+        self.seal = Seal::new(key);
         Ok(self.handle())
     }
 
@@ -260,14 +263,19 @@ impl Vm {
 
     /// Whether the page at `ipa` is declared RAM.
     pub fn is_ram(&self, ipa: Ipa) -> bool {
-        self.ram.iter().take_while(|r| r.size != 0).any(|r| r.contains(ipa.0, PAGE_SIZE))
+        self.in_ram(ipa, PAGE_SIZE)
+    }
+
+    pub(crate) fn in_ram(&self, ipa: Ipa, size: u64) -> bool {
+        self.ram.iter().take_while(|r| r.size != 0).any(|r| r.contains(ipa.0, size))
     }
 
     /// Whether the page at `ipa` is RAM, or a device's that the host may emulate; `None`
     /// if the guest has said where its devices are, and not there.
     pub fn ram_or_device(&self, ipa: Ipa) -> Option<bool> {
         let (ram, any) = (self.is_ram(ipa), self.guards[0].size == 0 || left_out!(Guard));
-        let guarded = || self.guards.iter().any(|r| r.contains(ipa.0, PAGE_SIZE));
+        let guards = self.guards.iter().take_while(|r| r.size != 0);
+        let guarded = || guards.clone().any(|r| r.contains(ipa.0, PAGE_SIZE));
         (ram || any || guarded()).then_some(ram)
     }
 
@@ -344,25 +352,31 @@ impl Vm {
         Ok(())
     }
 
-    /// Claims the host's page `pa`, if it can go to `ipa`. Whose page it is comes
-    /// first, before a lack of tables is told.
-    fn claim_for(&self, m: &impl Machine, ipa: Ipa, pa: Pa) -> Result<Page<Claimed>, MapError> {
+    /// What a sealed page is bound to beside its version.
+    fn place(&self, ipa: Ipa) -> u128 {
+        u128::from(self.handle()) << 64 | u128::from(ipa.0)
+    }
+
+    /// Claims pages of the host's, if they can go to `ipa`. Whose they are comes first,
+    /// before a lack of tables is told.
+    fn claim_for(&self, m: &impl Machine, ipa: Ipa, run: Range) -> Result<Page<Claimed>, Error> {
+        let (pa, size) = (Pa(run.base), run.size);
         if !ipa.is_page() {
-            return Err(Error::Invalid.into());
+            return Err(Error::Invalid);
         }
-        if !self.is_ram(ipa) && !left_out!(DeclaredRam) {
-            return Err(Error::Denied.into());
+        if !self.in_ram(ipa, size) && !left_out!(DeclaredRam) {
+            return Err(Error::Denied);
         }
         left_out!(OwnerLate => return Ok(Pages::not_claimed(pa)));
-        let page = m.pages().claim(pa, Owner::Host)?;
-        if let Err(error) = self.map.check(m.hw(), ipa) {
+        let page = m.pages().claim_run(pa, size / PAGE_SIZE, Owner::Host)?;
+        if let Err(error) = self.map.check(m.hw(), ipa, size) {
             m.pages().unclaim(page);
             return Err(error);
         }
         Ok(page)
     }
 
-    /// Takes the claimed page, now nobody's, out of the host's hands.
+    /// Takes the claimed pages, now nobody's, out of the host's hands.
     fn take(m: &impl Machine, page: Page<Claimed>) -> Result<Page<Isolated>, Error> {
         let page = hide(m, page)?;
         left_out!(OwnerLate => return Ok(m.pages().claim(page.pa(), Owner::Host)?.isolated()));
@@ -373,18 +387,19 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::State`] after activation, [`Error::Invalid`] out of order,
-    /// otherwise as [`Self::map_page`].
+    /// otherwise as [`Self::map_pages`].
     pub fn populate(
         &mut self,
         m: &impl Machine,
         ipa: u64,
         pa: u64,
         buffer: &mut [u8; 4096],
-    ) -> Result<(), MapError> {
+    ) -> Result<(), Error> {
         self.in_phase(Phase::Open)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
         self.launch.check(ipa)?;
-        let page = Self::take(m, self.claim_for(m, ipa, pa)?)?.measure(m.hw(), buffer);
+        let page = self.claim_for(m, ipa, Range { base: pa.0, size: PAGE_SIZE })?;
+        let page = Self::take(m, page)?.measure(m.hw(), buffer);
         self.launch.add_page(ipa, buffer);
         self.map.map(m, ipa, page, Owner::Private(self.slot))
     }
@@ -414,30 +429,37 @@ impl Vm {
         Ok(digest)
     }
 
-    /// Donates a page; the guest sees zeros (I7), or what it had there when the host
-    /// took it away: the page must hold what was sealed, and `tag` be what came with it.
-    /// What the VM shared is the host's to change.
+    /// Donates `size` bytes, all or none; the guest sees zeros (I7). Where the host took
+    /// a page away that page comes back alone, with what the guest had in it: it must hold
+    /// what was sealed, and `tag` be what came with it. What the VM shared is the host's
+    /// to change.
     ///
     /// # Errors
     /// [`Error::State`] before activation, [`Error::Invalid`] for a malformed
-    /// address, [`Error::Denied`] if `ipa` is not RAM or mapped, or the page not
-    /// the host's; [`MapError::Tables`] if the pool is short; [`Error::Integrity`] if the
-    /// page is not what was sealed: the host keeps it, the VM has stopped.
-    pub fn map_page(
+    /// address or size, [`Error::Denied`] if at `ipa` is no RAM or something mapped, or a
+    /// page is not the host's; [`Error::NoMemory`] if the pool is short;
+    /// [`Error::Integrity`] if the page is not what was sealed: the host keeps it, the VM
+    /// has stopped.
+    pub fn map_pages(
         &mut self,
         m: &impl Machine,
         ipa: u64,
         pa: u64,
+        size: u64,
         tag: Tag,
-    ) -> Result<(), MapError> {
+    ) -> Result<(), Error> {
         self.in_phase(Phase::Active)?;
         let (ipa, pa) = (Ipa(ipa), check_page(pa)?);
-        let page = self.claim_for(m, ipa, pa)?;
+        let most = MAX_PAGES_PER_MAP * PAGE_SIZE;
+        if size == 0 || size > most || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(Error::Invalid);
+        }
+        let page = self.claim_for(m, ipa, Range { base: pa.0, size })?;
         let private = Owner::Private(self.slot);
         match self.map.entry(m.hw(), ipa).and_then(Entry::gone_version) {
             Some(0) => self.map.map(m, ipa, page.share(), Owner::Shared(self.slot)),
             Some(version) => {
-                let place = [self.handle(), ipa.0];
+                let place = self.place(ipa);
                 let open = |content: &mut _| self.seal.open(version, place, content, tag);
                 let (page, opened) = Self::take(m, page)?.change(m.hw(), open);
                 if opened {
@@ -445,10 +467,17 @@ impl Vm {
                 }
                 give_to_host(m, page);
                 self.phase = Phase::Stopped;
-                Err(Error::Integrity.into())
+                Err(Error::Integrity)
             }
             None => self.map.map(m, ipa, Self::take(m, page)?.scrub(m.hw()), private),
         }
+    }
+
+    /// The same with one page.
+    #[cfg(any(test, feature = "fake"))]
+    #[expect(clippy::missing_errors_doc, reason = "those of `map_pages`")]
+    pub fn map_page(&mut self, m: &impl Machine, ipa: u64, pa: u64, tag: Tag) -> Result<(), Error> {
+        self.map_pages(m, ipa, pa, PAGE_SIZE, tag)
     }
 
     /// The page at `ipa`, if the record says `owner`.
@@ -457,8 +486,7 @@ impl Vm {
         if !ipa.is_page() || !self.is_ram(ipa) {
             return Err(Error::Invalid);
         }
-        let leaf = self.map.entry(m.hw(), ipa).filter(|leaf| leaf.is_valid());
-        m.pages().claim(leaf.ok_or(Error::Again)?.address(), owner)
+        m.pages().claim(self.map.page(m.hw(), ipa).ok_or(Error::Again)?, owner)
     }
 
     /// The guest shares its page at `ipa` with the host, content and all.
@@ -487,16 +515,16 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::Denied`] if `ipa` is RAM or taken.
-    pub fn map_device(&mut self, m: &impl Machine, ipa: u64, pa: Pa) -> Result<(), MapError> {
+    pub fn map_device(&mut self, m: &impl Machine, ipa: u64, pa: Pa) -> Result<(), Error> {
         self.in_use()?;
         let ipa = Ipa(ipa);
         if !ipa.is_page() || ipa.0 >> self.config.ipa_bits != 0 {
-            return Err(Error::Invalid.into());
+            return Err(Error::Invalid);
         }
         if self.is_ram(ipa) && !left_out!(DeviceInRam) || self.config.gic != 2 {
-            return Err(Error::Denied.into());
+            return Err(Error::Denied);
         }
-        self.map.insert(m.hw(), ipa, Entry::page(pa, Attributes::Device))?;
+        self.map.insert(m.hw(), ipa, (pa, PAGE_SIZE), Attributes::Device)?;
         let Range { base, size } = self.devices;
         let (first, end) = if size == 0 { (ipa.0, ipa.0) } else { (base, base + size) };
         let first = first.min(ipa.0);
@@ -509,7 +537,7 @@ impl Vm {
     /// whatever state the VM is: the host may be unable to wait.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a bad range, [`Error::NotSupported`] without entropy for a key.
+    /// [`Error::Invalid`] for a bad range.
     pub fn unmap_pages(&mut self, m: &impl Machine, ipa: u64, n: u64) -> Result<(u64, Tag), Error> {
         let space = Range { base: 0, size: 1 << self.config.ipa_bits };
         if (n > MAX_PAGES_PER_CALL || !Ipa(ipa).is_page() || !space.contains(ipa, n * PAGE_SIZE))
@@ -517,14 +545,13 @@ impl Vm {
         {
             return Err(Error::Invalid);
         }
-        let version = self.seal.next_version(|| m.random())?;
         for i in 0..n {
             let ipa = Ipa(ipa + i * PAGE_SIZE);
             if !self.is_ram(ipa) {
                 continue;
             }
-            let Some(page) = self.map.unmap(m, ipa, version) else { continue };
-            let place = [self.handle(), ipa.0];
+            let Some(page) = self.map.unmap(m, ipa, self.seal.version + 1) else { continue };
+            let place = self.place(ipa);
             let (page, tag) = if page.is_shared() {
                 (page.give_back(), [0; 2])
             } else {
@@ -547,27 +574,7 @@ impl Vm {
             return Err(Error::Invalid);
         }
         self.in_use()?;
-        self.donate_pages(m, first, n)
-    }
-
-    /// The step of [`Self::donate_pool`] for the first page: all of them are
-    /// claimed before one is taken. As deep as [`MAX_PAGES_PER_CALL`].
-    fn donate_pages(&mut self, m: &impl Machine, at: Pa, n: u64) -> Result<(), Error> {
-        if n == 0 {
-            return Ok(());
-        }
-        let page = m.pages().claim(at, Owner::Host);
-        #[cfg(feature = "leave-out")]
-        let page = if left_out!(EveryPage) {
-            page.or_else(|error| m.pages().claim_from_anyone(at, Owner::Host).ok_or(error))
-        } else {
-            page
-        };
-        let page = page?;
-        if let Err(error) = self.donate_pages(m, at.offset(PAGE_SIZE), n - 1) {
-            m.pages().unclaim(page);
-            return Err(error);
-        }
+        let page = m.pages().claim_run(first, n, Owner::Host)?;
         let page = hide(m, page)?;
         self.map.add_to_pool(m, page.scrub(m.hw()));
         Ok(())
@@ -721,9 +728,7 @@ impl Vm {
             self.launch = Launch::NEW;
             self.map.begin_teardown(m.hw());
         }
-        self.map.teardown(m, MAX_PAGES_PER_CALL, |page| wipe_to_host(m, page))?;
-        self.seal = Seal::NEW;
-        Ok(())
+        self.map.teardown(m, MAX_PAGES_PER_CALL, |page| wipe_to_host(m, page))
     }
 
     /// One step of a destruction. `free_context` gets the contexts of the vCPUs.
@@ -756,6 +761,7 @@ impl Vm {
             *vcpu = Vcpu::NONE;
         }
         self.ram = [Range::default(); MAX_RAM_RANGES];
+        self.seal = Seal::new([0; 32]);
         self.phase = Phase::Free;
         Ok(())
     }

@@ -164,3 +164,24 @@ impl Counter {
         self.0.write32(0, 1 << 8 | 1);
     }
 }
+
+const UART_IBRD: usize = 0x24;
+const UART_FBRD: usize = 0x28;
+const UART_LCR_H: usize = 0x2c;
+const UART_CR: usize = 0x30;
+/// 8 bits, FIFOs on.
+const LCR_H_8N1: u32 = 0b11 << 5 | 1 << 4;
+
+/// Sets the line of the UART (PL011) at `base`, which is off from then on. `divisor`
+/// is that of its clock, in 64ths.
+///
+/// # Safety
+/// EL3 must map 4 KiB at `base` as device memory, and a PL011 must be there.
+pub unsafe fn set_line(base: usize, divisor: u32) {
+    // SAFETY: passed on to the caller.
+    let uart = unsafe { Registers::new(base, 0x1000) };
+    uart.write32(UART_CR, 0);
+    uart.write32(UART_IBRD, divisor >> 6);
+    uart.write32(UART_FBRD, divisor & 63);
+    uart.write32(UART_LCR_H, LCR_H_8N1);
+}

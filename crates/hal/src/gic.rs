@@ -10,10 +10,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::barrier;
 use crate::mmio::Registers;
-use crate::sysreg::{
-    icc_acknowledge_group0, icc_eoir0_el1, icc_igrpen0_el1, icc_igrpen1_el3, icc_pmr_el1,
-    icc_sgi0r_el1, icc_sre_el1, icc_sre_el2, icc_sre_el3, mpidr_el1,
-};
+use crate::sysreg as reg;
 
 /// The monitor's own software-generated interrupt.
 const SGI: u32 = 15;
@@ -37,18 +34,8 @@ const SGI_BASE: usize = 0x1_0000;
 /// Bytes of one redistributor's two frames.
 pub const REDISTRIBUTOR_SIZE: usize = 0x2_0000;
 /// Redistributor registers (IHI 0069H 12.10).
-pub mod gicr {
-    /// Control.
-    pub const CTLR: usize = 0;
-    /// Implementer.
-    pub const IIDR: usize = 4;
-    /// Type; 64 bits.
-    pub const TYPER: usize = 8;
-    /// Error status.
-    pub const STATUSR: usize = 0x10;
-    /// Power.
-    pub const WAKER: usize = 0x14;
-}
+const GICR_AFFINITY: usize = 0xc;
+const GICR_WAKER: usize = 0x14;
 const WAKER_PROCESSOR_SLEEP: u32 = 1 << 1;
 const WAKER_CHILDREN_ASLEEP: u32 = 1 << 2;
 
@@ -176,22 +163,22 @@ impl Gic {
                 let Some(frame) = self.own_redistributor() else {
                     panic!("no redistributor for this CPU")
                 };
-                let waker = redistributors.read32(frame + gicr::WAKER);
-                redistributors.write32(frame + gicr::WAKER, waker & !WAKER_PROCESSOR_SLEEP);
-                while redistributors.read32(frame + gicr::WAKER) & WAKER_CHILDREN_ASLEEP != 0 {}
+                let waker = redistributors.read32(frame + GICR_WAKER);
+                redistributors.write32(frame + GICR_WAKER, waker & !WAKER_PROCESSOR_SLEEP);
+                while redistributors.read32(frame + GICR_WAKER) & WAKER_CHILDREN_ASLEEP != 0 {}
                 init_private(redistributors, frame + SGI_BASE);
                 redistributors.write32(frame + SGI_BASE + GICD_IGRPMODR, 0);
                 // The registers of the lower levels exist once those of the higher do.
-                icc_sre_el3::write(SRE_ALL);
+                reg::icc_sre_el3::write(SRE_ALL);
                 barrier::isb();
                 // Without Enable: EL1's own trap, as they would change nothing.
-                icc_sre_el2::write(SRE_ALL & !8);
+                reg::icc_sre_el2::write(SRE_ALL & !8);
                 barrier::isb();
-                icc_sre_el1::write(SRE_ALL & !8);
+                reg::icc_sre_el1::write(SRE_ALL & !8);
                 barrier::isb();
-                icc_pmr_el1::write(0xff);
-                icc_igrpen1_el3::write(0);
-                icc_igrpen0_el1::write(1);
+                reg::icc_pmr_el1::write(0xff);
+                reg::icc_igrpen1_el3::write(0);
+                reg::icc_igrpen0_el1::write(1);
                 barrier::isb();
             }
         }
@@ -205,7 +192,7 @@ impl Gic {
                 cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST & !GICC_CTLR_GRP1);
             }
             Kind::V3 { .. } => {
-                icc_igrpen1_el3::write(0);
+                reg::icc_igrpen1_el3::write(0);
                 barrier::isb();
             }
         }
@@ -223,7 +210,7 @@ impl Gic {
             }
             Kind::V3 { .. } => {
                 let affinity = |level: u32| mpidr >> level & 0xff;
-                icc_sgi0r_el1::write(
+                reg::icc_sgi0r_el1::write(
                     affinity(32) << 48
                         | affinity(16) << 32
                         | u64::from(SGI) << 24
@@ -248,44 +235,22 @@ impl Gic {
                 }
             }
             Kind::V3 { .. } => {
-                let id = icc_acknowledge_group0();
+                let id = reg::icc_acknowledge_group0();
                 if id < 1020 {
-                    icc_eoir0_el1::write(id);
+                    reg::icc_eoir0_el1::write(id);
                     barrier::isb();
                 }
             }
         }
     }
 
-    /// What a register of a redistributor's first page tells the host: LPIs
-    /// are absent, power is the monitor's, the rest is as it is. `offset` in
-    /// bytes from the first redistributor, 32-bit registers.
-    pub fn redistributor_view(&self, offset: usize) -> u32 {
-        let Kind::V3 { redistributors, count } = self.kind else { return 0 };
-        if offset >= count * REDISTRIBUTOR_SIZE || !offset.is_multiple_of(4) {
-            return 0;
-        }
-        const TYPER_HIGH: usize = gicr::TYPER + 4;
-        /// PLPIS, VLPIS, Dirty, DirectLPI, DPGS, MPAM, RVPEID (12.11.35).
-        const TYPER_LPI: u32 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7;
-        /// RWP and UWP: writes under way.
-        const CTLR_BUSY: u32 = 1 << 3 | 1 << 31;
-        let value = || redistributors.read32(offset);
-        match offset % REDISTRIBUTOR_SIZE {
-            gicr::CTLR => value() & CTLR_BUSY,
-            gicr::TYPER => value() & !TYPER_LPI,
-            gicr::IIDR | TYPER_HIGH => value(),
-            _ => 0,
-        }
-    }
-
     fn own_redistributor(&self) -> Option<usize> {
         let Kind::V3 { redistributors, count } = self.kind else { return None };
-        let mpidr = mpidr_el1::read();
+        let mpidr = reg::mpidr_el1::read();
         let affinity = (mpidr >> 32 & 0xff) << 24 | mpidr & 0xff_ffff;
         (0..count)
             .map(|i| i * REDISTRIBUTOR_SIZE)
-            .find(|at| u64::from(redistributors.read32(at + gicr::TYPER + 4)) == affinity)
+            .find(|at| u64::from(redistributors.read32(at + GICR_AFFINITY)) == affinity)
     }
 }
 

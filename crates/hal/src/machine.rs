@@ -38,18 +38,18 @@ impl Hardware for Machine {
         cache::invalidate_icache_all();
     }
 
-    fn invalidate_host(&self, _ipa: Ipa) {
+    fn invalidate_host(&self, _ipa: Ipa, _size: u64) {
         tlb::invalidate_vmid(self.host_vttbr);
     }
 
     /// The lock of the host's map keeps other CPUs from the SMMU.
-    fn invalidate_devices(&self, ipa: Ipa) {
+    fn invalidate_devices(&self, ipa: Ipa, size: u64) {
         if let Some(smmu) = &self.smmu {
-            smmu.invalidate(ipa);
+            smmu.invalidate(ipa, size);
         }
     }
 
-    fn invalidate_guest(&self, vttbr: u64, _ipa: Ipa) {
+    fn invalidate_guest(&self, vttbr: u64, _ipa: Ipa, _size: u64) {
         tlb::invalidate_vmid(vttbr);
     }
 

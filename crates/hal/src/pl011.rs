@@ -8,12 +8,7 @@ use crate::mmio::Registers;
 const DR: usize = 0x00;
 const FR: usize = 0x18;
 const FR_TXFF: u32 = 1 << 5;
-const IBRD: usize = 0x24;
-const FBRD: usize = 0x28;
-const LCR_H: usize = 0x2c;
 const CR: usize = 0x30;
-/// 8 bits, FIFOs on.
-const LCR_H_8N1: u32 = 0b11 << 5 | 1 << 4;
 const CR_UARTEN_TXE: u32 = 1 << 8 | 1;
 
 /// A transmit-only UART.
@@ -29,15 +24,8 @@ impl Uart {
         Self(unsafe { Registers::new(base, 0x1000) })
     }
 
-    /// Turns the transmitter on. `divisor` is that of the clock, in 64ths;
-    /// `None` leaves the line's settings as the boot ROM made them.
-    pub fn enable(&self, divisor: Option<u32>) {
-        if let Some(divisor) = divisor {
-            self.0.write32(CR, 0);
-            self.0.write32(IBRD, divisor >> 6);
-            self.0.write32(FBRD, divisor & 63);
-            self.0.write32(LCR_H, LCR_H_8N1);
-        }
+    /// Turns the transmitter on, with the line's settings as they are.
+    pub fn enable(&self) {
         self.0.write32(CR, CR_UARTEN_TXE);
     }
 

@@ -3,6 +3,7 @@
 //! for goes through one stage-2 of the monitor's, all else aborts. No events,
 //! no interrupts, no ATS; the command queue is polled.
 
+use havmsi_abi::PAGE_SIZE;
 use havmsi_abi::layout::carveout;
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::smmu::{Command, FORGET_ALL, FORGET_STREAMS, SYNC, forget, stream_table_entry};
@@ -48,7 +49,7 @@ const READ_ALLOCATE: u64 = 1 << 62;
 
 /// log2 of the streams and of the commands that the tables hold.
 const LOG2_STREAMS: u32 = (carveout::SMMU_STREAMS_SIZE / 64).ilog2();
-const LOG2_COMMANDS: u32 = (havmsi_abi::PAGE_SIZE / 16).ilog2();
+const LOG2_COMMANDS: u32 = (PAGE_SIZE / 16).ilog2();
 /// Looks at a register before the SMMU counts as broken.
 const PATIENCE: u32 = 10_000_000;
 
@@ -108,10 +109,11 @@ impl Smmu {
         self.set_cr0(CMDQEN | SMMUEN | if ats { ATSCHK } else { 0 });
     }
 
-    /// Removes what it holds for `ipa`, and waits until what devices sent by that
-    /// has arrived.
-    pub fn invalidate(&self, ipa: Ipa) {
-        self.send(forget(ipa));
+    /// Removes what it holds for `size` bytes from `ipa` on, and waits until what devices
+    /// sent by that has arrived. Of several pages all is removed that it holds: one
+    /// command whatever their number.
+    pub fn invalidate(&self, ipa: Ipa, size: u64) {
+        self.send(if size == PAGE_SIZE { forget(ipa) } else { FORGET_ALL });
     }
 
     /// Has a command done.

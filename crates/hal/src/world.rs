@@ -62,29 +62,21 @@ pub fn open_os_lock() {
     oslar_el1::write(0);
 }
 
-/// The stage-2 of a world and how EL2 treats it.
-#[derive(Clone, Copy, Debug)]
-pub struct Stage2 {
-    /// `VTTBR_EL2`.
-    pub vttbr: u64,
-    /// `HCR_EL2`.
-    pub hcr: u64,
-}
-
-/// Makes `el1` and `stage2` the current world. The old one must have been saved.
+/// Makes `el1` the current world, with these `VTTBR_EL2` and `HCR_EL2`. The old one
+/// must have been saved.
 ///
 /// Errata 1319537 (Cortex-A57), 1319367 (A72), 1165522 (A76): a speculative AT
 /// may walk with stage 1 of one world and stage 2 of the other. So stage-1
 /// walks are disabled (EPD0, EPD1, which count with the MMU on only) while the
 /// two don't match.
-pub fn switch_to(el1: &El1State, stage2: Stage2) {
+pub fn switch_to(el1: &El1State, vttbr: u64, hcr: u64) {
     tcr_el1::write(TCR_EPD);
     isb();
     sctlr_el1::write(el1.sctlr_el1 | SCTLR_M);
     isb();
     el1.load_all_but_translation();
-    vttbr_el2::write(stage2.vttbr);
-    hcr_el2::write(stage2.hcr);
+    vttbr_el2::write(vttbr);
+    hcr_el2::write(hcr);
     isb();
     sctlr_el1::write(el1.sctlr_el1);
     isb();

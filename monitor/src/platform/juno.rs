@@ -7,8 +7,9 @@
 //! `plat/arm/board/juno`, whose BL1 and BL2 come first: docs/porting.md.
 
 use havmsi_core::ram::{Ram, Range};
+use havmsi_core::stage2::Attributes;
 use havmsi_hal::barrier;
-use havmsi_hal::css::{Cci, Counter, Scp, System, Trng};
+use havmsi_hal::css::{self, Cci, Counter, Scp, System, Trng};
 use havmsi_hal::gic::Gic;
 use havmsi_hal::pl011::Uart;
 use havmsi_hal::smmu::Smmu;
@@ -24,10 +25,6 @@ const FIRST_BIG: usize = 4;
 
 /// CPUs are off at reset, and come in when they are turned on.
 pub const PEN: bool = false;
-
-/// Bytes of DRAM that only the secure world's CPUs may use; it starts with the
-/// image (build.rs). The 2 MiB above belong to the control processor.
-pub const SECURE_RAM_SIZE: u64 = 14 << 20;
 
 const MIB2: u64 = 2 << 20;
 /// Windows of devices that EL3 uses, in 2 MiB steps: secure SRAM; system
@@ -56,7 +53,7 @@ const TRNG: usize = 0x7fe6_0000;
 const UART1: usize = 0x7ff7_0000;
 
 /// 7.2738 MHz / (16 * 115200), in 64ths.
-pub const UART_DIVISOR: Option<u32> = Some(253);
+const UART_DIVISOR: u32 = 253;
 /// L2CTLR_EL1 of the big CPUs: data and tag RAM answer in 3 cycles, which is
 /// slow enough for all revisions (r1 and r2 could have faster tags).
 const L2_LATENCY: u64 = 2 << 6 | 2;
@@ -113,6 +110,8 @@ pub fn early(cpu: usize) {
     if cpu == 0 {
         // SAFETY: as above.
         unsafe { Counter::new(COUNTER) }.start();
+        // SAFETY: as above.
+        unsafe { css::set_line(UART1, UART_DIVISOR) };
     }
     cntfrq_el0::write(COUNTER_HZ);
 }
@@ -142,14 +141,9 @@ fn system(state: System) {
     }
 }
 
-/// There are no redistributors.
-pub const fn emulated_redistributor(_ipa: u64, _cpus: usize) -> Option<usize> {
-    None
-}
-
 /// The devices that the host may use. None of them masters a bus: Ethernet and
 /// the card reader are driven by their registers.
-pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = Range> {
+pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = (Range, Attributes)> {
     [
         Range { base: 0x1800_0000, size: 0x1_0000 }, // Ethernet
         Range { base: 0x1c05_0000, size: 0x1000 },   // SD card
@@ -159,4 +153,5 @@ pub fn host_devices(_cpus: usize, _gic_version: u64) -> impl Iterator<Item = Ran
         Range { base: 0x7ff8_0000, size: 0x1000 },   // UART0
     ]
     .into_iter()
+    .map(|window| (window, Attributes::Device))
 }

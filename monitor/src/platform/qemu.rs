@@ -3,6 +3,7 @@
 //! QEMU 10, `base_memmap`), GICv2 or GICv3.
 
 use havmsi_core::ram::{Ram, Range};
+use havmsi_core::stage2::Attributes;
 use havmsi_hal::fw_cfg::FwCfg;
 use havmsi_hal::gic::{Gic, REDISTRIBUTOR_SIZE};
 use havmsi_hal::pl011::Uart;
@@ -20,8 +21,6 @@ pub static AFFINITIES: [u64; MAX_CPUS] = [0, 1, 2, 3, 4, 5, 6, 7];
 /// All CPUs start at reset, and wait in the pen.
 pub const PEN: bool = true;
 
-/// Bytes of secure RAM; it starts with the image (build.rs).
-pub const SECURE_RAM_SIZE: u64 = 16 << 20;
 /// First byte of the normal world's RAM.
 const RAM_BASE: u64 = 0x4000_0000;
 
@@ -47,9 +46,6 @@ const PIN_RESET: u32 = 1;
 const SEED_FILE: &str = "opt/org.havmsi/seed";
 const RAM_FILE: &str = "opt/org.havmsi/ram-mib";
 const IMAGES_FILE: &str = "opt/org.havmsi/images";
-
-/// QEMU's UARTs have no line.
-pub const UART_DIVISOR: Option<u32> = None;
 
 /// The monitor's console.
 pub const fn uart() -> Uart {
@@ -105,10 +101,10 @@ pub fn left_out(name: &mut [u8]) -> Option<usize> {
 /// What else the host's map gets without the check `HostDevices`: fw_cfg, the
 /// first pages of the redistributors.
 #[cfg(feature = "leave-out")]
-pub fn hidden_devices(cpus: usize) -> impl Iterator<Item = Range> {
+pub fn hidden_devices(cpus: usize) -> impl Iterator<Item = (Range, Attributes)> {
     let redistributors = (0..cpus).map(|cpu| REDISTRIBUTORS + cpu * REDISTRIBUTOR_SIZE);
     let all = core::iter::once(FW_CFG).chain(redistributors);
-    let pages = all.map(|base| Range { base: base as u64, size: 0x1000 });
+    let pages = all.map(|base| (Range { base: base as u64, size: 0x1000 }, Attributes::Device));
     pages.filter(|_| havmsi_core::left_out!(HostDevices))
 }
 
@@ -133,18 +129,11 @@ fn raise(pin: u32) {
     unsafe { Gpio::new(SECURE_GPIO) }.raise(pin);
 }
 
-/// The pages of the redistributors that the monitor answers for: RD_base page
-/// 0 of each frame. Where `ipa` lies from the first redistributor, if there.
-pub fn emulated_redistributor(ipa: u64, cpus: usize) -> Option<usize> {
-    let offset = usize::try_from(ipa).ok()?.checked_sub(REDISTRIBUTORS)?;
-    (offset < cpus * REDISTRIBUTOR_SIZE && offset % REDISTRIBUTOR_SIZE < 0x1000).then_some(offset)
-}
-
 /// The devices that the host may use. Nothing here can write memory but what is
 /// on PCI, behind the SMMU: no fw_cfg (its DMA register), no virtio-mmio, and of
-/// each redistributor not the page with PROPBASER and PENDBASER.
-pub fn host_devices(cpus: usize, gic_version: u64) -> impl Iterator<Item = Range> {
-    let v3 = gic_version == 3;
+/// each redistributor the page with PROPBASER and PENDBASER only to read.
+pub fn host_devices(cpus: usize, gic: u64) -> impl Iterator<Item = (Range, Attributes)> {
+    let v3 = gic == 3;
     let common = [
         Range { base: 0x0800_0000, size: 0x1_0000 }, // distributor
         Range { base: 0x0900_0000, size: 0x1000 },   // UART
@@ -152,12 +141,14 @@ pub fn host_devices(cpus: usize, gic_version: u64) -> impl Iterator<Item = Range
         Range { base: 0x1000_0000, size: 0x3000_0000 }, // PCI: memory, ports, configuration
     ];
     let v2 = [Range { base: GICC as u64, size: 0x2000 }];
-    let redistributors = (0..cpus).map(|cpu| Range {
-        base: (REDISTRIBUTORS + cpu * REDISTRIBUTOR_SIZE + 0x1000) as u64,
-        size: REDISTRIBUTOR_SIZE as u64 - 0x1000,
-    });
+    let redistributors = (0..cpus).map(|cpu| (REDISTRIBUTORS + cpu * REDISTRIBUTOR_SIZE) as u64);
+    let first = redistributors.clone().map(|base| Range { base, size: 0x1000 });
+    let rest = redistributors
+        .map(|at| Range { base: at + 0x1000, size: REDISTRIBUTOR_SIZE as u64 - 0x1000 });
     common
         .into_iter()
         .chain(v2.into_iter().filter(move |_| !v3))
-        .chain(redistributors.filter(move |_| v3))
+        .chain(rest.filter(move |_| v3))
+        .map(|window| (window, Attributes::Device))
+        .chain(first.filter(move |_| v3).map(|window| (window, Attributes::DeadDevice)))
 }

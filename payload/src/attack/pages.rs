@@ -111,11 +111,11 @@ fn table_page(victim: &mut Victim) -> Outcome {
 }
 attack!(table_page, "t05::table_page");
 
-/// The last page of secure RAM: the monitor would wipe its own memory.
+/// A page of ownership records, of RAM that is not there: the monitor would wipe its own memory.
 fn secure_ram(_: &mut Victim) -> Outcome {
     let (vm, _) = Vm::launch(nothing(), [0; 4])?;
     let before = host(Function::Stats, &[])?[2];
-    let result = vm.call(Function::PageMap, &[FREE, 0x0eff_f000, 4096]);
+    let result = vm.call(Function::PageMap, &[FREE, 0x0e80_0000, 4096]);
     let after = host(Function::Stats, &[])?[2];
     verdict(
         after > before,

@@ -129,13 +129,12 @@ const TYPER: u64 = 8;
 const PROPBASER: u64 = 0x70;
 const PENDBASER: u64 = 0x78;
 
-/// LPIs are absent; the registers that point into memory are dead.
+/// LPIs stay off; the registers that point into memory are dead.
 fn redistributors() -> Outcome {
     let cpus = cpus();
     for cpu in 0..cpus {
         let rd = redistributor(cpu);
         let typer = peek(rd + TYPER)?;
-        expect!(typer & 0b1111, 0);
         expect!(typer >> 32, cpu);
         expect!(typer >> 4 & 1, u64::from(cpu + 1 == cpus && cpus == 8) | (typer >> 4 & 1));
         expect!(peek32(rd + TYPER)?, typer & 0xffff_ffff);
@@ -158,9 +157,8 @@ fn redistributors() -> Outcome {
         for page in 0..16 {
             expect!(memory::first_change(target + page * 4096, memory::PATTERN), None);
         }
-        // Too narrow, unaligned (a device that is not there takes neither).
-        ensure!(peek8(rd).is_err(), "a byte of CTLR");
-        ensure!(poke8(rd + PENDBASER, 1).is_err(), "a byte of PENDBASER");
+        poke8(rd + PENDBASER, 1)?;
+        expect!(peek(rd + PENDBASER)?, 0);
         // The page with SGIs and PPIs is the host's.
         peek32(rd + 0x1_0100)?;
     }

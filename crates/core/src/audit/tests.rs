@@ -25,7 +25,7 @@ fn audit(m: &FakeMachine<'_>, vms: &[&Vm]) -> Result<(), Violation> {
 fn vm(m: &FakeMachine<'_>) -> Vm {
     let mut vm = Vm::FREE;
     let config = Config { ipa_bits: 32, gic: 2, max_vcpus: 1 };
-    vm.create(SLOT, root(SLOT), config, 0).unwrap();
+    vm.create(SLOT, root(SLOT), config, 0, [1; 32]).unwrap();
     vm.add_ram(RAM, 0x10_0000).unwrap();
     vm.create_vcpu(m, 0, host_page(0).0, 0).unwrap();
     vm.set_boot(0, Boot::default()).unwrap();
@@ -353,6 +353,14 @@ fn ranges_of_ram_are_apart_and_whole() {
     while free.destroy(&m, |_| ()).is_err() {}
     assert_eq!(audit(&m, &[&free]), Ok(()));
     free.ram[0] = range(RAM, 0x1000);
+    assert_eq!(audit(&m, &[&free]), Err(Violation::NoVm(SLOT)));
+    free.ram[0] = Range::default();
+    assert_eq!(audit(&m, &[&free]), Ok(()));
+    // A page that is its own, where no VM is.
+    let page = m.pages.claim(host_page(9), Owner::Host).unwrap();
+    m.pages.relabel(page, Owner::RunPage(SLOT));
+    free.vcpus[0].exists = true;
+    free.vcpus[0].run_page = host_page(9);
     assert_eq!(audit(&m, &[&free]), Err(Violation::NoVm(SLOT)));
 }
 

@@ -233,6 +233,29 @@ fn a_fault_in_ram_shows_its_page_only() {
     assert_eq!(at(DABT | WNR | CM | 0x07, ipa), fault(read));
     assert_eq!(at(IABT | 0x07, ipa), fault(IABT | FSC_TRANSLATION_L3));
     assert_eq!(at(IABT | WNR | 0x07, ipa), fault(IABT | FSC_TRANSLATION_L3));
+    // At EL0 as well.
+    let s = Syndrome { esr: DABT | 0x07, ipa: Ipa(ipa), privileged: false, idx: 0 };
+    let config = Config { ipa_bits: 33, gic: 3, max_vcpus: 1 };
+    let Action::Exit { exit, .. } = decide(&s, &registers(), &config, place) else {
+        panic!("no exit")
+    };
+    assert_eq!((exit.class, exit.mode), (ExitClass::Fault, 0));
+}
+
+#[test]
+fn registers_that_nobody_has_read_the_same_for_all() {
+    let fixed = |op0, op1, crn, crm, op2| {
+        let register = sysreg(op0, op1, crn, crm, op2);
+        SysregAccess { register, rt: 0, read: true }.fixed()
+    };
+    // OSLSR_EL1, ICC_SRE_EL1.
+    assert_eq!((fixed(2, 0, 1, 1, 4), fixed(3, 0, 12, 12, 5)), (Some(1 << 3), Some(7)));
+    // OSLAR, OSDLR, DBGPRCR, MDRAR, ACTLR.
+    for (op0, crm, op2) in [(2, 0, 4), (2, 3, 4), (2, 4, 4), (2, 0, 0), (3, 0, 1)] {
+        assert_eq!(fixed(op0, 0, 1, crm, op2), Some(0));
+    }
+    // MDSCR_EL1, TRCPRGCTLR.
+    assert_eq!((fixed(2, 0, 0, 2, 2), fixed(2, 1, 0, 1, 0)), (None, None));
 }
 
 #[test]

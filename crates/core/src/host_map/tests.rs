@@ -25,7 +25,7 @@ fn one_bank(size: u64) -> Ram {
 
 fn build(hw: &impl Hardware, ram: Ram, devices: &[Range]) -> Result<HostMap, Error> {
     let size = carveout_size(ram.page_count() * PAGE_SIZE);
-    HostMap::new(hw, ram, size, devices.iter().copied())
+    HostMap::new(hw, ram, size, devices.iter().map(|d| (*d, Attributes::Device)))
 }
 
 /// The entry at each level for an address.
@@ -133,9 +133,9 @@ impl Hardware for Nowhere {
     fn zero_page(&self, _page: Pa) {}
     fn flush_page(&self, _page: Pa) {}
     fn invalidate_icache(&self) {}
-    fn invalidate_host(&self, _ipa: Ipa) {}
-    fn invalidate_devices(&self, _ipa: Ipa) {}
-    fn invalidate_guest(&self, _vttbr: u64, _ipa: Ipa) {}
+    fn invalidate_host(&self, _ipa: Ipa, _size: u64) {}
+    fn invalidate_devices(&self, _ipa: Ipa, _size: u64) {}
+    fn invalidate_guest(&self, _vttbr: u64, _ipa: Ipa, _size: u64) {}
     fn invalidate_guest_all(&self, _vttbr: u64) {}
 }
 
@@ -154,11 +154,11 @@ fn a_platform_that_tables_cannot_hold_is_refused() {
     let wraps = range(u64::MAX - 2 * MIB + 1, 4 * MIB);
     assert_eq!(bad([range(BASE, 16 * MIB), wraps]), Some(Error::Invalid));
     assert_eq!(bad([none, range(BANK2, 16 * MIB)]), Some(Error::Invalid));
-    // 32 level 2 tables: 32 GiB, wherever they are.
+    // 32 level 2 tables a bank: 32 GiB, wherever they are.
     assert_eq!(bad([range(0, 32 * GIB), none]), None);
     assert_eq!(bad([range(0, 33 * GIB), none]), Some(Error::Invalid));
-    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 30 * GIB)]), None);
-    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 31 * GIB)]), Some(Error::Invalid));
+    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 32 * GIB)]), None);
+    assert_eq!(bad([range(BASE, 2 * GIB), range(BANK2, 33 * GIB)]), Some(Error::Invalid));
     // Two banks in one GiB.
     assert_eq!(bad([range(0, 16 * MIB), range(512 * MIB, 16 * MIB)]), Some(Error::Invalid));
     assert_eq!(bad([range(GIB, 16 * MIB), range(512 * MIB, GIB)]), Some(Error::Invalid));
@@ -218,6 +218,10 @@ fn device_windows_take_blocks_where_they_can() {
     };
     assert_eq!(pages(27), None);
     assert_eq!(pages(28), Some(Error::Invalid));
+    // A page of what a block maps already.
+    let twice = [range(at, 2 * MIB), range(at + PAGE_SIZE, PAGE_SIZE)];
+    let map = build(&FakeHardware::default(), one_bank(16 * MIB), &twice);
+    assert_eq!(map.err(), Some(Error::Invalid));
 }
 
 /// The entry at each level of the devices' stage-2.
@@ -328,11 +332,15 @@ fn splitting_changes_no_other_page() {
         identical(&hw, &map, range(BASE + 2 * GIB - 4 * MIB, 4 * MIB), &[]);
     }
     assert_eq!(hw.stale(), vec![]);
-    // Back again: the blocks stay split, the pages are the host's.
-    let page = pages.claim(Pa(a), Owner::Private(VmSlot(0))).unwrap();
-    map.show(&hw, &pages, page.isolated().scrub(&hw), Owner::Host);
-    assert_eq!(pages.owner(Pa(a)), Some(Owner::Host));
-    identical(&hw, &map, around, &[b]);
+    // Back again: the last one joins the blocks.
+    for (at, hidden, levels) in [(a, vec![b], 3), (b, vec![], 1)] {
+        let page = pages.claim(Pa(at), Owner::Private(VmSlot(0))).unwrap();
+        map.show(&hw, &pages, page.isolated().scrub(&hw), Owner::Host);
+        assert_eq!(pages.owner(Pa(at)), Some(Owner::Host));
+        identical(&hw, &map, around, &hidden);
+        assert_eq!(walk(&hw, &map, at).len(), levels);
+    }
+    assert_eq!(hw.stale(), vec![]);
 }
 
 #[test]
@@ -350,8 +358,8 @@ fn every_change_breaks_before_it_makes() {
     let page = pages.claim(pa, Owner::Host).unwrap();
     let page = map.hide(&hw, &pages, page).unwrap();
     let events = hw.take_events();
-    let gone = Event::InvalidateHost(Ipa(pa.0));
-    let gone_for_devices = Event::InvalidateDevices(Ipa(pa.0));
+    let gone = Event::InvalidateHost(Ipa(pa.0), PAGE_SIZE);
+    let gone_for_devices = Event::InvalidateDevices(Ipa(pa.0), PAGE_SIZE);
     let split = |table, slot: usize, to: Entry| {
         vec![Event::Write(table, slot, 0), gone, Event::Write(table, slot, to.0)]
     };
@@ -370,13 +378,68 @@ fn every_change_breaks_before_it_makes() {
     map.show(&hw, &pages, page, Owner::Host);
     let own_again = Event::Write(level3, 3, own.0);
     let broken = Event::Write(level3, 3, 0);
-    assert_eq!(hw.take_events(), vec![broken, gone, gone_for_devices, own_again]);
-    // A page that nobody looked at comes back without one.
+    let events = hw.take_events();
+    assert_eq!(events[..4], vec![broken, gone, gone_for_devices, own_again]);
+    // It was the last one: blocks again, which is none of the devices' business.
+    let join = |table, slot: usize, size: u64| {
+        let block = Pa(BASE + GIB);
+        let gone = Event::InvalidateHost(Ipa(block.0), size);
+        let made = Event::Write(table, slot, Entry::block(block, Attributes::Memory).0);
+        vec![Event::Write(table, slot, 0), gone, made]
+    };
+    assert_eq!(events[4..7], join(level2, 0, 2 * MIB));
+    assert_eq!(events[7..], join(root, 2, GIB));
+    // A page that nobody looked at comes back without one; shared, it is part of no block.
     let page = pages.claim(pa, Owner::Host).unwrap();
     let page = map.hide(&hw, &pages, page).unwrap().scrub(&hw);
     hw.take_events();
-    map.show(&hw, &pages, page, Owner::Host);
+    map.show(&hw, &pages, page, Owner::Shared(VmSlot(0)));
     assert_eq!(hw.take_events(), vec![own_again]);
+}
+
+#[test]
+fn a_run_of_pages_goes_at_once() {
+    let hw = FakeHardware::default();
+    let ram = one_bank(2 * GIB);
+    let mut map = build(&hw, ram, &[]).unwrap();
+    let vttbr = map.root().0;
+    hw.watch(vttbr);
+    hw.load(vttbr);
+    hw.watch_devices(map.devices_root());
+    let records: Vec<_> = (0..ram.page_count()).map(|_| AtomicU16::new(0)).collect();
+    let pages = Pages::new(ram, &records).unwrap();
+    // On both sides of a block's end, and of a GiB's.
+    for first in [BASE + 8 * MIB - 3 * PAGE_SIZE, BASE + GIB - 3 * PAGE_SIZE] {
+        let run: Vec<_> = (0..7).map(|n| first + n * PAGE_SIZE).collect();
+        run.iter().for_each(|at| pages.give_to_host(Pa(*at)));
+        hw.take_events();
+        let page = pages.claim_run(Pa(first), 7, Owner::Host).unwrap();
+        let page = map.hide(&hw, &pages, page).unwrap();
+        let events = hw.take_events();
+        let gone = [
+            Event::InvalidateHost(Ipa(first), 7 * PAGE_SIZE),
+            Event::InvalidateDevices(Ipa(first), 7 * PAGE_SIZE),
+        ];
+        assert_eq!(events[events.len() - 2..], gone);
+        let devices = events.iter().filter(|e| matches!(e, Event::InvalidateDevices(..)));
+        assert_eq!(devices.count(), 1);
+        assert_eq!(hw.stale(), vec![]);
+        for at in &run {
+            assert_eq!(walk(&hw, &map, *at)[2], Entry::HIDDEN);
+            assert_eq!(devices_walk(&hw, &map, *at)[2], Entry::HIDDEN);
+        }
+        let around = range(first / (2 * MIB) * 2 * MIB, 4 * MIB);
+        identical(&hw, &map, around, &run);
+        // The host looks at one.
+        assert_eq!(map.resolve(&hw, Ipa(run[5]), false, false), Resolution::Retry);
+        map.show(&hw, &pages, page.scrub(&hw), Owner::Host);
+        assert_eq!(hw.stale(), vec![]);
+        identical(&hw, &map, around, &[]);
+        for at in &run {
+            assert_eq!(pages.owner(Pa(*at)), Some(Owner::Host));
+            assert!(walk(&hw, &map, *at).len() < 3);
+        }
+    }
 }
 
 #[test]
@@ -395,7 +458,7 @@ fn pages_of_both_banks_go_and_come_back() {
         }
         let page = page.scrub(&m.hw);
         m.with_host_map(|map| map.show(&m.hw, &m.pages, page, Owner::Host));
-        assert_eq!(m.host_leaf(pa), Some(Entry::page(pa, Attributes::Memory)));
+        assert!(m.host_has(pa));
         assert_eq!(m.pages.owner(pa), Some(Owner::Host));
     }
     assert_eq!(m.host_leaf(Pa(BASE + CARVEOUT - 1)), None);
@@ -438,4 +501,21 @@ fn a_fault_is_retried_if_the_map_permits_the_access_by_now() {
         assert_eq!(resolve(at, true, true), write && execute, "{at:#x}");
     }
     m.pages.settle(page.scrub(&m.hw), Owner::Private(VmSlot(0)));
+}
+
+#[test]
+fn a_store_to_a_dead_device_is_ignored() {
+    let hw = FakeHardware::default();
+    let (dead, beside) = (range(UART, PAGE_SIZE), range(UART + PAGE_SIZE, PAGE_SIZE));
+    let devices = [(dead, Attributes::DeadDevice), (beside, Attributes::Device)];
+    let size = carveout_size(16 * MIB);
+    let mut map = HostMap::new(&hw, one_bank(16 * MIB), size, devices.into_iter()).unwrap();
+    let mut resolve = |at, write, execute| map.resolve(&hw, Ipa(at), write, execute);
+    assert_eq!(resolve(UART + 8, false, false), Resolution::Retry);
+    assert_eq!(resolve(UART + 8, true, false), Resolution::Ignored);
+    assert_eq!(resolve(UART + 8, false, true), Resolution::Refused);
+    assert_eq!(resolve(beside.base, true, false), Resolution::Retry);
+    assert_eq!(resolve(beside.base + PAGE_SIZE, true, false), Resolution::Refused);
+    let leaf = map.lookup(&hw, Ipa(UART)).unwrap();
+    assert!(!leaf.is_writable() && !leaf.is_executable());
 }

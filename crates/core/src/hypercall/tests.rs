@@ -16,7 +16,7 @@ const RAM: u64 = 0x8000_0000;
 fn vm_on(m: &FakeMachine<'_>) -> Vm {
     let mut vm = Vm::FREE;
     let config = Config { ipa_bits: 32, gic: 3, max_vcpus: 3 };
-    vm.create(VmSlot(0), root(VmSlot(0)), config, 0).unwrap();
+    vm.create(VmSlot(0), root(VmSlot(0)), config, 0, [1; 32]).unwrap();
     vm.add_ram(RAM, 0x20_0000).unwrap();
     vm.create_vcpu(m, 0, host_page(0).0, 0).unwrap();
     vm.create_vcpu(m, 1, host_page(1).0, 1).unwrap();

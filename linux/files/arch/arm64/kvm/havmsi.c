@@ -29,7 +29,6 @@
 #define BUSY_TRIES	20000
 
 bool havmsi_present __ro_after_init;
-bool havmsi_sealing __ro_after_init;
 
 static u64 havmsi_ich_vtr __ro_after_init;
 static u32 havmsi_ipa_bits __ro_after_init;
@@ -139,7 +138,6 @@ static bool __init monitor_answers(void)
 bool __init havmsi_probe(void)
 {
 	struct arm_smccc_1_2_regs res;
-	bool sealing;
 	long status;
 
 	if (is_kernel_in_hyp_mode() || __boot_cpu_mode[1] == BOOT_CPU_MODE_EL2) {
@@ -157,21 +155,19 @@ bool __init havmsi_probe(void)
 		       HAVMSI_VERSION_MAJOR, HAVMSI_VERSION_MINOR);
 		return false;
 	}
-	sealing = res.a2 & HAVMSI_FEATURE_SEALING;
 	status = havmsi_call(HAVMSI_FN_CPU_INFO, 0, 0, 0, 0, &res);
 	if (status) {
 		pr_err("havmsi: the monitor's CPU_INFO failed (%ld); ignoring kvm-arm.mode=havmsi\n",
 		       status);
 		return false;
 	}
-	havmsi_sealing = sealing;
 	havmsi_ich_vtr = res.a1;
 	havmsi_ipa_bits = res.a3;
 	havmsi_present = true;
 	return true;
 }
 
-/* /sys/kernel/debug/havmsi_stats: what the monitor counts, then what this kernel does. */
+/* /sys/kernel/debug/havmsi_stats: what the monitor counts. */
 static int havmsi_stats_show(struct seq_file *m, void *unused)
 {
 	struct arm_smccc_1_2_regs res;
@@ -180,10 +176,7 @@ static int havmsi_stats_show(struct seq_file *m, void *unused)
 	if (status)
 		return havmsi_errno(status);
 	seq_printf(m, "vms %lu\nvcpus %lu\nprivate_pages %lu\npool_pages %lu\nshared_pages %lu\nhost_pages %lu\n",
-		   res.a1, res.a2, res.a3, res.a4, res.a5, res.a6);
-	seq_printf(m, "pages_sealed %lld\npages_unsealed %lld\nintegrity_failures %lld\n",
-		   atomic64_read(&havmsi_sealed), atomic64_read(&havmsi_unsealed),
-		   atomic64_read(&havmsi_refused));
+		   res.a1, res.a2, res.a3, res.a4, res.a6, res.a5);
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(havmsi_stats);
@@ -333,7 +326,6 @@ int havmsi_vm_init(struct kvm *kvm)
 	mutex_init(&hv->pool_lock);
 	INIT_LIST_HEAD(&hv->pool);
 	xa_init(&hv->pages);
-	xa_init(&hv->tags);
 	kvm->arch.havmsi = hv;
 	/* The counter's offset is the monitor's: keep everybody else off it. */
 	set_bit(KVM_ARCH_FLAG_VM_COUNTER_OFFSET, &kvm->arch.flags);
@@ -510,7 +502,11 @@ static int reset(struct havmsi_vm *hv, u64 fn)
 	/* Device pages were unmapped along with the rest. */
 	for (i = 0; i < hv->nr_dev; i++)
 		hv->dev[i].mapped = false;
-	havmsi_forget_pages(hv);
+	kvm_for_each_vcpu(i, vcpu, hv->kvm) {
+		if (vcpu->arch.havmsi)
+			vcpu->arch.havmsi->moving = NULL;
+	}
+	havmsi_unpin_all(hv);
 	return 0;
 }
 
@@ -606,7 +602,7 @@ void havmsi_vm_free(struct kvm *kvm)
 			kfree(hvcpu);
 		}
 	}
-	havmsi_forget_pages(hv);
+	xa_destroy(&hv->pages);
 	kvm->arch.havmsi = NULL;
 	kfree(hv);
 }

@@ -22,19 +22,6 @@ struct havmsi_dev {
 	bool mapped;
 };
 
-/* What the monitor wants to see when a page comes back; 0 if nothing. */
-struct havmsi_tag {
-	u64 low, high;
-};
-
-#define HAVMSI_TAGS	(PAGE_SIZE / sizeof(struct havmsi_tag))
-
-/* What is taken back comes sealed, so that nothing needs to be pinned. */
-extern bool havmsi_sealing;
-
-/* Pages that were sealed, came back, and were refused, of all VMs since boot. */
-extern atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused;
-
 struct havmsi_vm {
 	struct kvm *kvm;
 	/* The monitor's name of the VM, 0 before VM_CREATE. */
@@ -47,13 +34,8 @@ struct havmsi_vm {
 	struct rw_semaphore lock;
 	/* VM_ACTIVATE was done; written under the lock. */
 	bool launched;
-	/*
-	 * Pages that the VM has, by gfn. Pinned, unless the monitor seals: then
-	 * MMU notifiers take them back. Written under kvm->mmu_lock.
-	 */
+	/* Pages that the VM owns, by gfn; all are pinned. */
 	struct xarray pages;
-	/* Pages of tags, by gfn / HAVMSI_TAGS; the tags under kvm->mmu_lock. */
-	struct xarray tags;
 	/* How often some of them went; written under the lock. */
 	unsigned long drops;
 	/* Table memory that the monitor has for this VM. */
@@ -71,6 +53,8 @@ struct havmsi_vcpu {
 	/* What the last exit was, as far as it can still be answered. */
 	u64 exit_class;
 	u64 exit_ipa;
+	/* The page that the answer is about, if it ends sharing. */
+	struct page *moving;
 	bool created;
 	/*
 	 * A large folio of which that many pages at least are the VM's, while
@@ -93,7 +77,8 @@ void havmsi_pool_free(struct havmsi_vm *hv);
 int havmsi_populate(struct havmsi_vm *hv);
 int havmsi_declare_ram(struct havmsi_vm *hv);
 int havmsi_map_devices(struct havmsi_vm *hv);
-void havmsi_forget_pages(struct havmsi_vm *hv);
+void havmsi_unpin_all(struct havmsi_vm *hv);
+void havmsi_unshared(struct havmsi_vcpu *hvcpu);
 void havmsi_uncharge(struct havmsi_vm *hv);
 
 #endif /* __KVM_HAVMSI_H */

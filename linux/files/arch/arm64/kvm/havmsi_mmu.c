@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * HA-VMSI: a VM's memory. Pages of the VMM's address space are donated to the
- * VM by the monitor. When an MMU notifier takes one back (swap, migration,
- * compaction, KSM, a slot that goes) the monitor encrypts it: we keep a tag
- * that it wants to see when the content returns to that guest address. What
- * the VM shares is still its own, and there for us to use: the monitor shows
- * it again where it always was, and it goes and comes as it is. A monitor
- * without entropy can't seal: then all pages are pinned until the VM is gone.
- *
- * Nothing else of KVM's stage-2 code does anything in this mode: its table
- * stays empty.
+ * HA-VMSI: a VM's memory. Pages are pinned in the VMM's address space and
+ * donated to the VM by the monitor; they come back wiped. What the VM shares
+ * is still its own, and there for us to use: the monitor shows it again where
+ * it always was. Nothing else of KVM's stage-2 code does anything in this
+ * mode: its table stays empty.
  */
 #include <linux/delay.h>
 #include <linux/kvm_host.h>
@@ -19,13 +14,14 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/string.h>
-#include <linux/swap.h>
 
+#include <asm/asm-extable.h>
 #include <asm/kvm_emulate.h>
 #include <asm/kvm_mmu.h>
 
 #include "havmsi.h"
 
+#define PIN_FLAGS	(FOLL_WRITE | FOLL_LONGTERM)
 #define BATCH		(PAGE_SIZE / sizeof(struct page *))
 
 #define kvm_pr_limited(fmt, ...) \
@@ -98,166 +94,177 @@ void havmsi_pool_free(struct havmsi_vm *hv)
 	INIT_LIST_HEAD(&hv->pool);
 }
 
-/* ---- pages that go and come back ---- */
+/* ---- whose a page is, before it is pinned for a transfer ---- */
 
-atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused;
+/*
+ * A device's access to a page that is not ours aborts, and what the device's
+ * driver makes of that is not to be relied on. So no page of a VM is pinned but
+ * while it is shared, and no page goes to a VM while somebody has it pinned:
+ * who pins looks here after that, who gives looks for pins after it wrote here.
+ */
+static DEFINE_XARRAY(held);	/* Pages of all VMs, by pfn. */
 
-static void drop(struct page *page)
+/* Shared or not: the monitor doesn't tell. */
+#define HELD	xa_mk_value(0)
+/* Shared, as was seen. Remains so while we don't agree to its end. */
+#define SHARED	xa_mk_value(1)
+/* Given to the VM or taken back by it right now. */
+#define MOVING	xa_mk_value(2)
+
+/* Pages that are being given right now: those are HELD already. */
+struct giving {
+	struct list_head list;
+	unsigned long pfn, nr;
+};
+static LIST_HEAD(givings);	/* The lock of @held protects it. */
+
+static bool is_being_given(unsigned long pfn)
 {
-	if (havmsi_sealing)
-		put_page(page);
-	else
-		unpin_user_page(page);
+	struct giving *g;
+
+	list_for_each_entry(g, &givings, list)
+		if (pfn - g->pfn < g->nr)
+			return true;
+	return false;
 }
 
-/* Somebody has written to it, so whatever copy lies elsewhere (swap) is old. */
-static void drop_dirty(struct page *page)
+/*
+ * Fills @nr places that are empty, but that at @but may be taken, with @first and
+ * what follows that, or with @first. Adds @g to its list with the first one. Leaves
+ * all as it is if one is taken (-EBUSY) or there is no memory.
+ */
+static int fill_places(struct xarray *xa, unsigned long at, unsigned long nr,
+		       unsigned long but, void *first, struct giving *g)
 {
-	set_page_dirty_lock(page);
-	mark_page_accessed(page);
-	drop(page);
+	XA_STATE(xas, xa, at);
+	unsigned long i = 0;
+	void *entry;
+
+	do {
+		xas_lock(&xas);
+		if (!i) {
+			xas_for_each(&xas, entry, at + nr - 1) {
+				if (xas.xa_index == but)
+					continue;
+				xas_unlock(&xas);
+				return -EBUSY;
+			}
+			xas_set(&xas, at);
+			if (g && list_empty(&g->list))
+				list_add(&g->list, &givings);
+		}
+		for (; i < nr; i++) {
+			xas_store(&xas, xa_is_value(first) ? first :
+				  (struct page *)first + i);
+			if (xas_error(&xas))
+				break;
+			xas_next(&xas);
+		}
+		xas_unlock(&xas);
+	} while (xas_nomem(&xas, GFP_KERNEL));
+	if (!xas_error(&xas))
+		return 0;
+	while (i--)
+		if (at + i != but)
+			xa_erase(xa, at + i);
+	return xas_error(&xas);
 }
 
-/* All pages came back, wiped. */
-void havmsi_forget_pages(struct havmsi_vm *hv)
+/* There is something already, so nothing is allocated. */
+static void hold(struct page *page, void *state)
+{
+	xa_store(&held, page_to_pfn(page), state, GFP_ATOMIC);
+}
+
+/* What it was, so that it can be that again; NULL if it moves already. */
+static void *start_moving(struct page *page)
+{
+	void *state;
+
+	xa_lock(&held);
+	state = xa_load(&held, page_to_pfn(page));
+	if (state == MOVING)
+		state = NULL;
+	if (state)
+		__xa_store(&held, page_to_pfn(page), MOVING, GFP_ATOMIC);
+	xa_unlock(&held);
+	smp_mb();
+	return state;
+}
+
+/* Stores what is there, in one go: the guest may be writing as well. */
+static bool can_be_written(struct page *page)
+{
+	u64 *p = page_address(page), value;
+	int ret = 0;
+	u32 failed;
+
+	asm volatile("1:	ldxr	%0, %3\n"
+		     "2:	stxr	%w1, %0, %3\n"
+		     "	cbnz	%w1, 1b\n"
+		     "3:\n"
+		     _ASM_EXTABLE_KACCESS_ERR(1b, 3b, %w2)
+		     _ASM_EXTABLE_KACCESS_ERR(2b, 3b, %w2)
+		     : "=&r" (value), "=&r" (failed), "+r" (ret), "+Q" (*p));
+	return !ret;
+}
+
+static bool may_be_pinned(struct page *page)
+{
+	void *state = xa_load(&held, page_to_pfn(page));
+
+	if (likely(!state) || state == SHARED)
+		return true;
+	/* A store of ours must not meet a transfer: only the first pin tries. */
+	xa_lock(&held);
+	state = xa_load(&held, page_to_pfn(page));
+	if (state == HELD && !is_being_given(page_to_pfn(page)) &&
+	    can_be_written(page)) {
+		state = SHARED;
+		__xa_store(&held, page_to_pfn(page), state, GFP_ATOMIC);
+	}
+	xa_unlock(&held);
+	return !state || state == SHARED;
+}
+
+/* What pin_user_pages_fast() returns for @pages, of which it got @nr. */
+int arch_check_pinned(struct page **pages, int nr)
+{
+	int i;
+
+	if (!havmsi_present)
+		return nr;
+	/* Pairs with those in give() and start_moving(). */
+	smp_mb();
+	for (i = 0; i < nr && !xa_empty(&held); i++) {
+		if (may_be_pinned(pages[i]))
+			continue;
+		unpin_user_pages(pages + i, nr - i);
+		return i ?: -EFAULT;
+	}
+	return nr;
+}
+
+/* ---- pages that come back ---- */
+
+/* Wiped, so whatever copy of it lies elsewhere (swap) is out of date. */
+static void unpin(struct page *page)
+{
+	xa_erase(&held, page_to_pfn(page));
+	unpin_user_pages_dirty_lock(&page, 1, true);
+}
+
+void havmsi_unpin_all(struct havmsi_vm *hv)
 {
 	unsigned long gfn;
 	struct page *page;
-	void *tags;
 
 	hv->drops++;
-	if (!havmsi_sealing)
-		xa_for_each(&hv->pages, gfn, page) {
-			drop_dirty(page);
-			cond_resched();
-		}
-	write_lock(&hv->kvm->mmu_lock);
+	xa_for_each(&hv->pages, gfn, page) {
+		unpin(page);
+		cond_resched();
+	}
 	xa_destroy(&hv->pages);
-	xa_for_each(&hv->tags, gfn, tags)
-		free_page((unsigned long)tags);
-	xa_destroy(&hv->tags);
-	write_unlock(&hv->kvm->mmu_lock);
-}
-
-static struct havmsi_tag *tag_of(struct havmsi_vm *hv, gfn_t gfn)
-{
-	struct havmsi_tag *tags = xa_load(&hv->tags, gfn / HAVMSI_TAGS);
-
-	return tags ? &tags[gfn % HAVMSI_TAGS] : NULL;
-}
-
-/* All memory that is needed for a page that comes, and later goes. */
-static int prepare_place(struct havmsi_vm *hv, gfn_t gfn)
-{
-	if (!tag_of(hv, gfn)) {
-		void *tags = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
-		void *old;
-
-		if (!tags)
-			return -ENOMEM;
-		old = xa_cmpxchg(&hv->tags, gfn / HAVMSI_TAGS, NULL, tags,
-				 GFP_KERNEL_ACCOUNT);
-		if (old) {
-			free_page((unsigned long)tags);
-			if (xa_is_err(old))
-				return xa_err(old);
-		}
-	}
-	return xa_reserve(&hv->pages, gfn, GFP_KERNEL_ACCOUNT);
-}
-
-/*
- * Gives a page, which was looked up at @seq, to the VM by the call @fn.
- * -EAGAIN if it may be another one by now, -EEXIST if the VM has one there.
- */
-static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
-		  unsigned long seq)
-{
-	struct kvm *kvm = hv->kvm;
-	int ret;
-
-	for (;;) {
-		struct arm_smccc_1_2_regs regs = {
-			.a0 = fn, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
-			.a3 = page_to_phys(page), .a4 = PAGE_SIZE,
-		};
-		struct havmsi_tag *tag;
-
-		ret = prepare_place(hv, gfn);
-		if (ret)
-			return ret;
-		write_lock(&kvm->mmu_lock);
-		if (havmsi_sealing && mmu_invalidate_retry(kvm, seq))
-			ret = -EAGAIN;
-		else if (xa_load(&hv->pages, gfn))
-			ret = -EEXIST;
-		if (ret) {
-			write_unlock(&kvm->mmu_lock);
-			return ret;
-		}
-		tag = tag_of(hv, gfn);
-		regs.a5 = tag->low;
-		regs.a6 = tag->high;
-		arm_smccc_1_2_smc(&regs, &regs);
-		if (regs.a0 == HAVMSI_SUCCESS) {
-			/* Has its place already. */
-			xa_store(&hv->pages, gfn, page, GFP_NOWAIT);
-			if (tag->low | tag->high)
-				atomic64_inc(&havmsi_unsealed);
-			tag->low = tag->high = 0;
-		}
-		write_unlock(&kvm->mmu_lock);
-
-		if ((long)regs.a0 == HAVMSI_ERR_NOMEM && regs.a1) {
-			ret = havmsi_pool_donate(hv, regs.a1);
-			if (ret)
-				return ret;
-			continue;
-		}
-		if ((long)regs.a0 == HAVMSI_ERR_AGAIN) {
-			cond_resched();
-			continue;
-		}
-		if ((long)regs.a0 == HAVMSI_ERR_INTEGRITY)
-			atomic64_inc(&havmsi_refused);
-		return havmsi_errno((long)regs.a0);
-	}
-}
-
-/*
- * From an MMU notifier, or because a slot goes: the VM's pages there are ours
- * when this returns, encrypted. mmu_lock is held for writing.
- */
-void havmsi_unmap_range(struct kvm *kvm, u64 start, u64 size, bool may_block)
-{
-	struct havmsi_vm *hv = kvm->arch.havmsi;
-	unsigned long gfn;
-	struct page *page;
-
-	if (!hv || !havmsi_sealing)
-		return;
-	xa_for_each_range(&hv->pages, gfn, page, start >> PAGE_SHIFT,
-			  (start + size - 1) >> PAGE_SHIFT) {
-		struct havmsi_tag *tag = tag_of(hv, gfn);
-		struct arm_smccc_1_2_regs res;
-		long status;
-
-		status = havmsi_call(HAVMSI_FN_PAGE_UNMAP, hv->handle,
-				     gfn << PAGE_SHIFT, 1, 0, &res);
-		if (!status) {
-			tag->low = res.a2;
-			tag->high = res.a3;
-			if (tag->low | tag->high)
-				atomic64_inc(&havmsi_sealed);
-		} else if (WARN_ON_ONCE(status != HAVMSI_ERR_INVALID)) {
-			/* Not ours any more: nobody may get it. */
-			get_page(page);
-		}
-		/* INVALID: the VM is gone, and has left all of it wiped. */
-		xa_erase(&hv->pages, gfn);
-		if (may_block)
-			cond_resched_rwlock_write(&kvm->mmu_lock);
-	}
 }
 
 void havmsi_uncharge(struct havmsi_vm *hv)
@@ -289,8 +296,6 @@ int havmsi_declare_ram(struct havmsi_vm *hv)
 		pages += iter.slot->npages;
 	}
 
-	if (havmsi_sealing)
-		return 0;
 	/*
 	 * Sooner or later all of it is pinned. Say so now, not when the guest
 	 * touches the page that is one too many.
@@ -312,40 +317,56 @@ int havmsi_declare_ram(struct havmsi_vm *hv)
 	return ret;
 }
 
-/* No page table there at all, so no page either. mmap_lock is held. */
-static bool nothing_mapped(struct mm_struct *mm, unsigned long addr)
+/*
+ * The entry that maps 2 MiB around @addr or leads to their table, none if there is
+ * nothing. mmap_lock is held, or interrupts are off.
+ */
+static pmd_t user_pmd(struct mm_struct *mm, unsigned long addr)
 {
 	pgd_t *pgd = pgd_offset(mm, addr);
 	p4d_t *p4d;
-	pud_t *pud;
+	pud_t *pud, value;
 
 	if (pgd_none(READ_ONCE(*pgd)))
-		return true;
+		return __pmd(0);
 	p4d = p4d_offset(pgd, addr);
 	if (p4d_none(READ_ONCE(*p4d)))
-		return true;
+		return __pmd(0);
 	pud = pud_offset(p4d, addr);
-	if (pud_none(READ_ONCE(*pud)))
-		return true;
-	return !pud_leaf(READ_ONCE(*pud)) &&
-	       pmd_none(pmdp_get_lockless(pmd_offset(pud, addr)));
+	value = READ_ONCE(*pud);
+	if (pud_none(value))
+		return __pmd(0);
+	/* 1 GiB: 2 MiB of that. */
+	if (pud_leaf(value))
+		return __pmd(pud_val(value) + (addr & ~PUD_MASK & PMD_MASK));
+	return pmdp_get_lockless(pmd_offset(pud, addr));
 }
 
-static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page,
-			 unsigned long seq)
+static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page)
 {
+	struct arm_smccc_1_2_regs regs = {
+		.a0 = HAVMSI_FN_VM_POPULATE, .a1 = hv->handle,
+		.a2 = gfn << PAGE_SHIFT, .a3 = page_to_phys(page),
+	};
 	int ret;
 
 	/* Zero pages don't count, and the guest gets zeros anyway. */
 	if (!memchr_inv(page_address(page), 0, PAGE_SIZE)) {
-		drop(page);
+		unpin_user_page(page);
 		return 0;
 	}
-	ret = donate(hv, HAVMSI_FN_VM_POPULATE, gfn, page, seq);
-	if (ret)
-		drop(page);
-	else if (havmsi_sealing)
-		drop_dirty(page);
+	ret = xa_err(xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT));
+	if (!ret)
+		ret = xa_insert(&held, page_to_pfn(page), HELD, GFP_KERNEL);
+	if (!ret) {
+		ret = havmsi_vm_call(hv, &regs, NULL);
+		if (ret)
+			xa_erase(&held, page_to_pfn(page));
+	}
+	if (ret) {
+		xa_erase(&hv->pages, gfn);
+		unpin_user_page(page);
+	}
 	return ret;
 }
 
@@ -366,7 +387,6 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 					hva + ((slot->npages - off) << PAGE_SHIFT));
 		struct vm_area_struct *vma;
 		long got = 0, skip, i;
-		unsigned long seq;
 		int ret = 0;
 
 		cond_resched();
@@ -378,17 +398,10 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 		if (vma)
 			end = min(end, vma->vm_start > hva ? vma->vm_start : vma->vm_end);
 		skip = (end - hva) >> PAGE_SHIFT;
-		seq = hv->kvm->mmu_invalidate_seq;
-		smp_rmb();
 		if (vma && vma->vm_start <= hva &&
 		    !(vma->vm_flags & (VM_IO | VM_PFNMAP)) &&
-		    !(vma_is_anonymous(vma) && nothing_mapped(mm, hva))) {
-			if (havmsi_sealing)
-				got = get_user_pages(hva, skip, FOLL_WRITE | FOLL_DUMP,
-						     pages);
-			else
-				got = pin_user_pages(hva, skip, FOLL_WRITE | FOLL_DUMP |
-						     FOLL_LONGTERM, pages);
+		    !(vma_is_anonymous(vma) && pmd_none(user_pmd(mm, hva)))) {
+			got = pin_user_pages(hva, skip, PIN_FLAGS | FOLL_DUMP, pages);
 			/* A hole at @hva, or nothing that can be written. */
 			if (got == -EFAULT)
 				got = 0;
@@ -400,17 +413,13 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 			return got;
 		for (i = 0; i < got; i++) {
 			if (!ret)
-				ret = populate_page(hv, slot->base_gfn + off, pages[i], seq);
+				ret = populate_page(hv, slot->base_gfn + off + i, pages[i]);
 			else
-				drop(pages[i]);
-			if (!ret)
-				off++;
+				unpin_user_page(pages[i]);
 		}
-		/* It may be another page by now: look again. */
-		if (ret && ret != -EAGAIN)
+		if (ret)
 			return ret;
-		if (!got)
-			off += skip;
+		off += got ?: skip;
 	}
 	return 0;
 }
@@ -489,10 +498,6 @@ static bool pinned_by_others(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
 	unsigned long first, i, own = 0;
 	struct page *other;
 
-	/* We have none. */
-	if (havmsi_sealing)
-		return folio_maybe_dma_pinned(folio);
-
 	if (!folio_test_large(folio))
 		return (unsigned int)folio_ref_count(folio) >=
 		       2 * GUP_PIN_COUNTING_BIAS;
@@ -519,7 +524,146 @@ static int not_yet(void)
 	return 1;
 }
 
-/* The guest wants a page of its RAM that it doesn't have, or not any more. */
+/*
+ * The guest wants a page back that it shared. The monitor takes it out of our
+ * map when we answer 0; the guest asks again until it is answered.
+ */
+static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
+{
+	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
+	struct havmsi_vm *hv = vcpu->kvm->arch.havmsi;
+	XA_STATE(xas, &hv->pages, ipa >> PAGE_SHIFT);
+	void *state = NULL;
+	struct page *page;
+	int ret = 1;
+
+	down_read(&hv->lock);
+	/* Not xa_load(): a place that is taken is to be told from none. */
+	xa_lock(&hv->pages);
+	page = xas_load(&xas);
+	xa_unlock(&hv->pages);
+	if (page && !xa_is_zero(page))
+		state = start_moving(page);
+	if (!page) {
+		/* Not 0: there may be one, shared and pinned, when that arrives. */
+		vcpu_set_reg(vcpu, 0, SMCCC_RET_INVALID_PARAMETER);
+	} else if (!state || pinned_by_others(hvcpu, hv, xas.xa_index, page, false)) {
+		if (state)
+			hold(page, state);
+		/* No answer. */
+		hvcpu->exit_class = HAVMSI_EXIT_IRQ;
+		ret = not_yet();
+	} else {
+		hvcpu->moving = page;
+		vcpu_set_reg(vcpu, 0, 0);
+	}
+	up_read(&hv->lock);
+	return ret;
+}
+
+/* The monitor took the answer. Interrupts are off. */
+void havmsi_unshared(struct havmsi_vcpu *hvcpu)
+{
+	xa_cmpxchg(&held, page_to_pfn(hvcpu->moving), MOVING, HELD, GFP_ATOMIC);
+	hvcpu->moving = NULL;
+}
+
+/*
+ * @page, pinned, is part of a huge page of the VMM's: how much of that can go to the VM
+ * with it, around it. All of it where the VM has nothing there as yet; else the largest
+ * power of 2 that it lies in. That is pinned now as well, and has its place in the list.
+ */
+static unsigned long around(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
+			    struct kvm_memory_slot *slot, gfn_t gfn,
+			    unsigned long hva, struct page *page)
+{
+	unsigned long pfn = page_to_pfn(page), flags, nr, i;
+	struct folio *folio = page_folio(page);
+	pmd_t pmd;
+
+	if (!folio_test_pmd_mappable(folio) ||
+	    ((hva >> PAGE_SHIFT) ^ gfn) % PTRS_PER_PMD ||
+	    (pfn ^ gfn) % PTRS_PER_PMD)
+		return 1;
+	local_irq_save(flags);
+	pmd = user_pmd(current->mm, hva);
+	local_irq_restore(flags);
+	if (!pmd_leaf(pmd) || pmd_pfn(pmd) != ALIGN_DOWN(pfn, PTRS_PER_PMD))
+		return 1;
+
+	for (nr = PTRS_PER_PMD; nr > 1; nr /= 2) {
+		gfn_t first = ALIGN_DOWN(gfn, nr);
+
+		if (first < slot->base_gfn ||
+		    first + nr > slot->base_gfn + slot->npages)
+			continue;
+		/* The pins first: rather one too many for pinned_by_others(). */
+		for (i = 1; i < nr; i++)
+			folio_add_pin(folio);
+		if (!fill_places(&hv->pages, first, nr, gfn, page - (gfn - first), NULL))
+			break;
+		unpin_user_page_range_dirty_lock(page - (gfn - first), nr - 1, false);
+	}
+	if (hvcpu->folio != folio || hvcpu->drops != hv->drops) {
+		hvcpu->folio = folio;
+		hvcpu->own = nr - 1;
+		hvcpu->drops = hv->drops;
+	} else {
+		hvcpu->own += nr - 1;
+	}
+	return nr;
+}
+
+/*
+ * We have pinned these pages: they become the VM's, unless others have them as well.
+ * How many did.
+ */
+static long give(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
+		 struct page *page, unsigned long nr)
+{
+	unsigned long pfn = page_to_pfn(page), done = 0, i;
+	struct giving g = { .list = LIST_HEAD_INIT(g.list), .pfn = pfn, .nr = nr };
+	int ret;
+
+	ret = fill_places(&held, pfn, nr, ULONG_MAX, HELD, &g);
+	if (ret)
+		goto out;
+	smp_mb();
+	ret = pinned_by_others(hvcpu, hv, gfn, page, true) ? -EAGAIN : 0;
+	while (done < nr && !ret) {
+		struct arm_smccc_1_2_regs regs = {
+			.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle,
+			.a2 = (gfn + done) << PAGE_SHIFT,
+			.a3 = page_to_phys(page + done),
+			.a4 = min(nr - done, HAVMSI_MAX_PAGES_PER_MAP) << PAGE_SHIFT,
+		};
+
+		ret = havmsi_vm_call(hv, &regs, NULL);
+		if (!ret)
+			done += regs.a4 >> PAGE_SHIFT;
+	}
+	for (i = done; i < nr; i++)
+		xa_erase(&held, pfn + i);
+out:
+	xa_lock(&held);
+	list_del(&g.list);
+	xa_unlock(&held);
+	return done ?: ret;
+}
+
+/* Pages that did not go. */
+static void release(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
+		    struct page *page, unsigned long nr)
+{
+	if (nr)
+		hvcpu->folio = NULL;
+	for (; nr; nr--, gfn++, page++) {
+		xa_erase(&hv->pages, gfn);
+		unpin_user_page(page);
+	}
+}
+
+/* The guest wants a page of its RAM that it doesn't have yet. */
 static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 {
 	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
@@ -527,10 +671,11 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 	struct havmsi_vm *hv = kvm->arch.havmsi;
 	gfn_t gfn = ipa >> PAGE_SHIFT;
 	struct kvm_memory_slot *slot;
-	unsigned long hva, seq;
+	unsigned long hva, nr, off;
 	struct page *page;
 	bool writable;
 	int ret, idx;
+	long done;
 
 	idx = srcu_read_lock(&kvm->srcu);
 	down_read(&hv->lock);
@@ -546,85 +691,62 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		ret = -EFAULT;
 		goto out;
 	}
-	seq = kvm->mmu_invalidate_seq;
-	smp_rmb();
-	if (havmsi_sealing)
-		ret = get_user_pages_fast(hva, 1, FOLL_WRITE, &page);
-	else
-		ret = pin_user_pages_fast(hva, 1, FOLL_WRITE | FOLL_LONGTERM, &page);
+
+	/* Its place in the list. */
+	ret = xa_insert(&hv->pages, gfn, NULL, GFP_KERNEL_ACCOUNT);
+	if (ret) {
+		/* Another vCPU is at the same page: let it. */
+		if (ret == -EBUSY) {
+			cond_resched();
+			ret = 1;
+		}
+		goto out;
+	}
+	ret = pin_user_pages_fast(hva, 1, PIN_FLAGS, &page);
 	if (ret != 1) {
+		xa_release(&hv->pages, gfn);
 		if (ret == -EINTR || ret == -EAGAIN)
 			goto out;
-		kvm_pr_limited("HA-VMSI VM %llu: can't get the memory behind guest address %#llx (%d)\n",
+		kvm_pr_limited("HA-VMSI VM %llu: can't pin the memory behind guest address %#llx (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = -EFAULT;
 		goto out;
 	}
 
-	if (pinned_by_others(hvcpu, hv, gfn, page, true)) {
-		drop(page);
-		ret = not_yet();
-		goto out;
+	nr = around(hvcpu, hv, slot, gfn, hva, page);
+	off = gfn % nr;
+	done = give(hvcpu, hv, gfn - off, page - off, nr);
+	if (done < 0 && done != -EAGAIN && nr > 1) {
+		/* Something of it can't go: this page alone, then. */
+		release(hvcpu, hv, gfn - off, page - off, off);
+		release(hvcpu, hv, gfn + 1, page + 1, nr - off - 1);
+		nr = 1;
+		off = 0;
+		done = give(hvcpu, hv, gfn, page, 1);
 	}
-
-	ret = donate(hv, HAVMSI_FN_PAGE_MAP, gfn, page, seq);
-	if (!ret) {
-		if (havmsi_sealing)
-			drop_dirty(page);
-		else if (hvcpu->folio == page_folio(page))
-			hvcpu->own++;
-		ret = 1;
-		goto out;
-	}
-	drop(page);
-	if (ret == -EAGAIN || ret == -EEXIST) {
-		/* Taken from us again, or another vCPU was at the same page: try again. */
-		cond_resched();
-		ret = 1;
-	} else if (ret == -EIO) {
-		kvm_pr_limited("HA-VMSI VM %llu: the monitor has stopped it: what came back at guest address %#llx is not what was sealed there\n",
-				    hv->handle & 0xffff, ipa);
-		ret = -EFAULT;
-	} else {
+	if (done < 0) {
+		ret = done;
+		release(hvcpu, hv, gfn - off, page - off, nr);
+		if (ret == -EAGAIN) {
+			ret = not_yet();
+			goto out;
+		}
 		kvm_pr_limited("HA-VMSI VM %llu: PAGE_MAP of guest address %#llx failed (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = ret == -ENOMEM ? ret : -EFAULT;
+		goto out;
 	}
+	if (nr == 1)
+		xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
+	if (hvcpu->folio == page_folio(page))
+		hvcpu->own++;
+	/* The first pages went: the guest may have to come again. */
+	release(hvcpu, hv, gfn - off + done, page - off + done, nr - done);
+	ret = 1;
 out:
 	up_read(&hv->lock);
 	srcu_read_unlock(&kvm->srcu, idx);
 	return ret;
-}
-
-/*
- * The guest wants a page back that it shared. The monitor takes it out of our
- * map when we answer 0; the guest asks again until it is answered.
- */
-static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
-{
-	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
-	struct kvm *kvm = vcpu->kvm;
-	struct havmsi_vm *hv = kvm->arch.havmsi;
-	gfn_t gfn = ipa >> PAGE_SHIFT;
-	bool gone, pinned = false;
-	struct page *page;
-
-	down_read(&hv->lock);
-	read_lock(&kvm->mmu_lock);
-	page = xa_load(&hv->pages, gfn);
-	gone = !page && tag_of(hv, gfn);
-	if (page)
-		pinned = pinned_by_others(hvcpu, hv, gfn, page, false);
-	read_unlock(&kvm->mmu_lock);
-	up_read(&hv->lock);
-
-	if (!gone && !pinned) {
-		vcpu_set_reg(vcpu, 0, 0);
-		return 1;
-	}
-	/* No answer. */
-	hvcpu->exit_class = HAVMSI_EXIT_IRQ;
-	return gone ? map_page(vcpu, ipa) : not_yet();
 }
 
 /* In place of KVM's: the monitor has told RAM and devices apart already. */
@@ -642,4 +764,35 @@ int havmsi_handle_guest_abort(struct kvm_vcpu *vcpu)
 	ret = io_mem_abort(vcpu, hvcpu->exit_ipa);
 	srcu_read_unlock(&vcpu->kvm->srcu, idx);
 	return ret;
+}
+
+/* A memory slot goes (slots_lock is held): its pages come back wiped. */
+void havmsi_flush_memslot(struct kvm *kvm, struct kvm_memory_slot *slot)
+{
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	gfn_t end = slot->base_gfn + slot->npages;
+	unsigned long gfn;
+	struct page *page;
+
+	if (!hv)
+		return;
+	down_write(&hv->lock);
+	if (!hv->handle)
+		goto out;
+	hv->drops++;
+	xa_for_each_range(&hv->pages, gfn, page, slot->base_gfn, end - 1) {
+		struct arm_smccc_1_2_regs regs = {
+			.a0 = HAVMSI_FN_PAGE_UNMAP, .a1 = hv->handle,
+			.a2 = gfn << PAGE_SHIFT, .a3 = 1,
+		};
+
+		/* What the monitor doesn't give back stays pinned until VM_DESTROY. */
+		if (WARN_ON_ONCE(havmsi_vm_call(hv, &regs, NULL)))
+			continue;
+		xa_erase(&hv->pages, gfn);
+		unpin(page);
+		cond_resched();
+	}
+out:
+	up_write(&hv->lock);
 }

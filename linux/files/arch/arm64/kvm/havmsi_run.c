@@ -204,6 +204,8 @@ int havmsi_vcpu_enter_exit(struct kvm_vcpu *vcpu)
 
 	switch (status) {
 	case HAVMSI_SUCCESS:
+		if (hvcpu->moving)
+			havmsi_unshared(hvcpu);
 		return take_exit(vcpu, hvcpu);
 	case HAVMSI_ERR_AGAIN:
 	case HAVMSI_ERR_BUSY:
