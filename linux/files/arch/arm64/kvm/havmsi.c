@@ -167,7 +167,7 @@ bool __init havmsi_probe(void)
 	return true;
 }
 
-/* /sys/kernel/debug/havmsi_stats: what the monitor counts. */
+/* /sys/kernel/debug/havmsi_stats: what the monitor counts, then what this kernel does. */
 static int havmsi_stats_show(struct seq_file *m, void *unused)
 {
 	struct arm_smccc_1_2_regs res;
@@ -177,6 +177,9 @@ static int havmsi_stats_show(struct seq_file *m, void *unused)
 		return havmsi_errno(status);
 	seq_printf(m, "vms %lu\nvcpus %lu\nprivate_pages %lu\npool_pages %lu\nshared_pages %lu\nhost_pages %lu\n",
 		   res.a1, res.a2, res.a3, res.a4, res.a6, res.a5);
+	seq_printf(m, "pages_sealed %lld\npages_unsealed %lld\nintegrity_failures %lld\n",
+		   atomic64_read(&havmsi_sealed), atomic64_read(&havmsi_unsealed),
+		   atomic64_read(&havmsi_refused));
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(havmsi_stats);
@@ -291,6 +294,7 @@ bool havmsi_cap_allowed(long cap)
 	case KVM_CAP_NR_MEMSLOTS:
 	case KVM_CAP_NR_VCPUS:
 	case KVM_CAP_ONE_REG:
+	case KVM_CAP_SYNC_MMU:
 	case KVM_CAP_SYSTEM_EVENT_DATA:
 	case KVM_CAP_USER_MEMORY:
 	case KVM_CAP_USER_MEMORY2:
@@ -326,6 +330,7 @@ int havmsi_vm_init(struct kvm *kvm)
 	mutex_init(&hv->pool_lock);
 	INIT_LIST_HEAD(&hv->pool);
 	xa_init(&hv->pages);
+	xa_init(&hv->tags);
 	kvm->arch.havmsi = hv;
 	/* The counter's offset is the monitor's: keep everybody else off it. */
 	set_bit(KVM_ARCH_FLAG_VM_COUNTER_OFFSET, &kvm->arch.flags);
@@ -361,7 +366,8 @@ int havmsi_vm_create(struct kvm *kvm)
 	if (status) {
 		kvm_err("HA-VMSI: VM_CREATE for %llu vCPUs failed (%ld)%s\n",
 			vcpus, status, status == HAVMSI_ERR_NOMEM ?
-			": too many VMs" : "");
+			": too many VMs" : status == HAVMSI_ERR_NOT_SUPPORTED ?
+			": the monitor got no seed for random numbers" : "");
 		ret = havmsi_errno(status);
 		goto out;
 	}
@@ -506,7 +512,7 @@ static int reset(struct havmsi_vm *hv, u64 fn)
 		if (vcpu->arch.havmsi)
 			vcpu->arch.havmsi->moving = NULL;
 	}
-	havmsi_unpin_all(hv);
+	havmsi_forget_pages(hv);
 	return 0;
 }
 
@@ -577,7 +583,11 @@ void havmsi_vm_teardown(struct kvm *kvm)
 		WRITE_ONCE(hv->launched, false);
 		WRITE_ONCE(hv->handle, 0);
 		havmsi_pool_free(hv);
-		havmsi_uncharge(hv);
+	} else if (hv->handle) {
+		/* Its pages are about to be freed. */
+		write_lock(&kvm->mmu_lock);
+		havmsi_unmap_range(kvm, 0, ~0ULL, true);
+		write_unlock(&kvm->mmu_lock);
 	}
 	up_write(&hv->lock);
 }
@@ -602,7 +612,7 @@ void havmsi_vm_free(struct kvm *kvm)
 			kfree(hvcpu);
 		}
 	}
-	xa_destroy(&hv->pages);
+	havmsi_forget_pages(hv);
 	kvm->arch.havmsi = NULL;
 	kfree(hv);
 }

@@ -22,6 +22,16 @@ struct havmsi_dev {
 	bool mapped;
 };
 
+/* What the monitor wants to see when a page comes back; 0 if nothing. */
+struct havmsi_tag {
+	u64 low, high;
+};
+
+#define HAVMSI_TAGS	(PAGE_SIZE / sizeof(struct havmsi_tag))
+
+/* Pages that were sealed, came back, and were refused, of all VMs since boot. */
+extern atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused;
+
 struct havmsi_vm {
 	struct kvm *kvm;
 	/* The monitor's name of the VM, 0 before VM_CREATE. */
@@ -34,15 +44,16 @@ struct havmsi_vm {
 	struct rw_semaphore lock;
 	/* VM_ACTIVATE was done; written under the lock. */
 	bool launched;
-	/* Pages that the VM owns, by gfn; all are pinned. */
+	/*
+	 * Pages that the VM has, by gfn; MMU notifiers take them back. Places are
+	 * taken at any time, pages come and go under kvm->mmu_lock.
+	 */
 	struct xarray pages;
-	/* How often some of them went; written under the lock. */
-	unsigned long drops;
+	/* Pages of tags, by gfn / HAVMSI_TAGS; the tags under kvm->mmu_lock. */
+	struct xarray tags;
 	/* Table memory that the monitor has for this VM. */
 	struct mutex pool_lock;
 	struct list_head pool;
-	/* Pages charged to RLIMIT_MEMLOCK. */
-	unsigned long locked;
 	struct havmsi_dev dev[HAVMSI_MAX_DEV];
 	int nr_dev;
 };
@@ -56,12 +67,6 @@ struct havmsi_vcpu {
 	/* The page that the answer is about, if it ends sharing. */
 	struct page *moving;
 	bool created;
-	/*
-	 * A large folio of which that many pages at least are the VM's, while
-	 * @drops is the VM's.
-	 */
-	struct folio *folio;
-	unsigned long own, drops;
 };
 
 /* A call to the monitor: status, results from a1 on in @res if not NULL. */
@@ -77,8 +82,7 @@ void havmsi_pool_free(struct havmsi_vm *hv);
 int havmsi_populate(struct havmsi_vm *hv);
 int havmsi_declare_ram(struct havmsi_vm *hv);
 int havmsi_map_devices(struct havmsi_vm *hv);
-void havmsi_unpin_all(struct havmsi_vm *hv);
+void havmsi_forget_pages(struct havmsi_vm *hv);
 void havmsi_unshared(struct havmsi_vcpu *hvcpu);
-void havmsi_uncharge(struct havmsi_vm *hv);
 
 #endif /* __KVM_HAVMSI_H */

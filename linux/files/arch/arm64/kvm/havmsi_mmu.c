@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * HA-VMSI: a VM's memory. Pages are pinned in the VMM's address space and
- * donated to the VM by the monitor; they come back wiped. What the VM shares
- * is still its own, and there for us to use: the monitor shows it again where
- * it always was. Nothing else of KVM's stage-2 code does anything in this
- * mode: its table stays empty.
+ * HA-VMSI: a VM's memory. Pages of the VMM's address space are donated to the
+ * VM by the monitor. When an MMU notifier takes one back (swap, migration,
+ * compaction, KSM, a slot that goes) the monitor encrypts it: we keep a tag
+ * that it wants to see when the content returns to that guest address. What
+ * the VM shares is still its own, and there for us to use: the monitor shows
+ * it again where it always was, and it goes and comes as it is.
+ *
+ * Nothing else of KVM's stage-2 code does anything in this mode: its table
+ * stays empty.
  */
 #include <linux/delay.h>
 #include <linux/kvm_host.h>
-#include <linux/ksm.h>
 #include <linux/mm.h>
+#include <linux/pagemap.h>
 #include <linux/pgtable.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/string.h>
+#include <linux/swap.h>
 
 #include <asm/asm-extable.h>
 #include <asm/kvm_emulate.h>
@@ -21,7 +26,6 @@
 
 #include "havmsi.h"
 
-#define PIN_FLAGS	(FOLL_WRITE | FOLL_LONGTERM)
 #define BATCH		(PAGE_SIZE / sizeof(struct page *))
 
 #define kvm_pr_limited(fmt, ...) \
@@ -129,21 +133,21 @@ static bool is_being_given(unsigned long pfn)
 }
 
 /*
- * Fills @nr places that are empty, but that at @but may be taken, with @first and
- * what follows that, or with @first. Adds @g to its list with the first one. Leaves
- * all as it is if one is taken (-EBUSY) or there is no memory.
+ * Fills @nr places that are empty, but that at @but may be taken, with @entry. Adds
+ * @g to its list with the first one. Leaves all as it is if one is taken (-EBUSY) or
+ * there is no memory.
  */
 static int fill_places(struct xarray *xa, unsigned long at, unsigned long nr,
-		       unsigned long but, void *first, struct giving *g)
+		       unsigned long but, void *entry, struct giving *g)
 {
 	XA_STATE(xas, xa, at);
 	unsigned long i = 0;
-	void *entry;
+	void *taken;
 
 	do {
 		xas_lock(&xas);
 		if (!i) {
-			xas_for_each(&xas, entry, at + nr - 1) {
+			xas_for_each(&xas, taken, at + nr - 1) {
 				if (xas.xa_index == but)
 					continue;
 				xas_unlock(&xas);
@@ -154,8 +158,7 @@ static int fill_places(struct xarray *xa, unsigned long at, unsigned long nr,
 				list_add(&g->list, &givings);
 		}
 		for (; i < nr; i++) {
-			xas_store(&xas, xa_is_value(first) ? first :
-				  (struct page *)first + i);
+			xas_store(&xas, entry);
 			if (xas_error(&xas))
 				break;
 			xas_next(&xas);
@@ -245,33 +248,232 @@ int arch_check_pinned(struct page **pages, int nr)
 	return nr;
 }
 
-/* ---- pages that come back ---- */
+/* ---- pages that go and come back ---- */
 
-/* Wiped, so whatever copy of it lies elsewhere (swap) is out of date. */
-static void unpin(struct page *page)
+atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused;
+
+/* In the list: the VM's page was taken back. Its tag says what it was. */
+#define GONE	xa_mk_value(0)
+
+static struct havmsi_tag *tag_of(struct havmsi_vm *hv, gfn_t gfn)
 {
-	xa_erase(&held, page_to_pfn(page));
-	unpin_user_pages_dirty_lock(&page, 1, true);
+	struct havmsi_tag *tags = xa_load(&hv->tags, gfn / HAVMSI_TAGS);
+
+	return tags + gfn % HAVMSI_TAGS;
 }
 
-void havmsi_unpin_all(struct havmsi_vm *hv)
+/* Room for the tags of pages that come: there is no memory to be had when they go. */
+static int prepare_tags(struct havmsi_vm *hv, gfn_t gfn, unsigned long nr)
 {
+	unsigned long i;
+
+	for (i = gfn / HAVMSI_TAGS; i <= (gfn + nr - 1) / HAVMSI_TAGS; i++) {
+		void *tags, *old;
+
+		if (xa_load(&hv->tags, i))
+			continue;
+		tags = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
+		if (!tags)
+			return -ENOMEM;
+		old = xa_cmpxchg(&hv->tags, i, NULL, tags, GFP_KERNEL_ACCOUNT);
+		if (old) {
+			free_page((unsigned long)tags);
+			if (xa_is_err(old))
+				return xa_err(old);
+		}
+	}
+	return 0;
+}
+
+/*
+ * A place for the page at @gfn, if the VM neither has one nor gets one right now
+ * (-EBUSY); says whether one was taken back there.
+ */
+static int take_place(struct havmsi_vm *hv, gfn_t gfn, bool *gone)
+{
+	int ret = xa_insert(&hv->pages, gfn, NULL, GFP_KERNEL_ACCOUNT);
+
+	*gone = ret == -EBUSY &&
+		xa_cmpxchg(&hv->pages, gfn, GONE, XA_ZERO_ENTRY, GFP_KERNEL_ACCOUNT) == GONE;
+	return *gone ? 0 : ret;
+}
+
+/* Places to which no page came. */
+static void leave_places(struct havmsi_vm *hv, gfn_t gfn, unsigned long nr, bool gone)
+{
+	for (; nr; nr--, gfn++) {
+		if (gone)
+			xa_store(&hv->pages, gfn, GONE, GFP_KERNEL_ACCOUNT);
+		else
+			xa_erase(&hv->pages, gfn);
+	}
+}
+
+/*
+ * Gives pages, which were looked up at @seq and have their places, to the VM by
+ * the call @fn. -EAGAIN if there may be others by now.
+ */
+static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
+		  unsigned long nr, unsigned long seq)
+{
+	struct kvm *kvm = hv->kvm;
+	unsigned long i;
+	int ret;
+
+	for (;;) {
+		struct havmsi_tag *tag = tag_of(hv, gfn);
+		struct arm_smccc_1_2_regs regs = {
+			.a0 = fn, .a1 = hv->handle, .a2 = gfn << PAGE_SHIFT,
+			.a3 = page_to_phys(page), .a4 = nr << PAGE_SHIFT,
+			.a5 = tag->low, .a6 = tag->high,
+		};
+
+		write_lock(&kvm->mmu_lock);
+		if (mmu_invalidate_retry(kvm, seq)) {
+			write_unlock(&kvm->mmu_lock);
+			return -EAGAIN;
+		}
+		arm_smccc_1_2_smc(&regs, &regs);
+		if (regs.a0 == HAVMSI_SUCCESS) {
+			for (i = 0; i < nr; i++)
+				xa_store(&hv->pages, gfn + i, page + i, GFP_NOWAIT);
+			if (tag->low | tag->high)
+				atomic64_inc(&havmsi_unsealed);
+			tag->low = tag->high = 0;
+		}
+		write_unlock(&kvm->mmu_lock);
+
+		if ((long)regs.a0 == HAVMSI_ERR_NOMEM && regs.a1) {
+			ret = havmsi_pool_donate(hv, regs.a1);
+			if (ret)
+				return ret;
+			continue;
+		}
+		if ((long)regs.a0 == HAVMSI_ERR_AGAIN) {
+			cond_resched();
+			continue;
+		}
+		if ((long)regs.a0 == HAVMSI_ERR_INTEGRITY)
+			atomic64_inc(&havmsi_refused);
+		return havmsi_errno((long)regs.a0);
+	}
+}
+
+/*
+ * A device or a system call is at it, or may be: some page of a large folio is
+ * pinned, or it is being written to a disk. That aborts if the page goes meanwhile.
+ */
+static bool in_use(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+
+	return folio_maybe_dma_pinned(folio) || folio_test_writeback(folio);
+}
+
+/*
+ * Pages that we have a reference to become the VM's, unless somebody is at them.
+ * How many did.
+ */
+static long give(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
+		 unsigned long nr, unsigned long seq)
+{
+	unsigned long pfn = page_to_pfn(page), done = 0, i;
+	struct giving g = { .list = LIST_HEAD_INIT(g.list), .pfn = pfn, .nr = nr };
+	int ret;
+
+	ret = prepare_tags(hv, gfn, nr);
+	if (ret)
+		return ret;
+	/* Whatever copy of it lies elsewhere (swap) will be old. */
+	set_page_dirty_lock(page);
+	ret = fill_places(&held, pfn, nr, ULONG_MAX, HELD, &g);
+	if (ret)
+		goto out;
+	smp_mb();
+	ret = in_use(page) ? -EAGAIN : 0;
+	while (done < nr && !ret) {
+		unsigned long n = min(nr - done, HAVMSI_MAX_PAGES_PER_MAP);
+
+		ret = donate(hv, fn, gfn + done, page + done, n, seq);
+		if (!ret)
+			done += n;
+	}
+	for (i = done; i < nr; i++)
+		xa_erase(&held, pfn + i);
+	mark_page_accessed(page);
+out:
+	xa_lock(&held);
+	list_del(&g.list);
+	xa_unlock(&held);
+	return done ?: ret;
+}
+
+/*
+ * From an MMU notifier, or because a slot goes: the VM's pages there are ours
+ * when this returns, encrypted. mmu_lock is held for writing.
+ */
+void havmsi_unmap_range(struct kvm *kvm, u64 start, u64 size, bool may_block)
+{
+	struct havmsi_vm *hv = kvm->arch.havmsi;
 	unsigned long gfn;
 	struct page *page;
 
-	hv->drops++;
-	xa_for_each(&hv->pages, gfn, page) {
-		unpin(page);
-		cond_resched();
+	if (!hv)
+		return;
+	xa_for_each_range(&hv->pages, gfn, page, start >> PAGE_SHIFT,
+			  (start + size - 1) >> PAGE_SHIFT) {
+		struct arm_smccc_1_2_regs res;
+		struct havmsi_tag *tag;
+		long status;
+
+		if (page == GONE)
+			continue;
+		status = havmsi_call(HAVMSI_FN_PAGE_UNMAP, hv->handle,
+				     gfn << PAGE_SHIFT, 1, 0, &res);
+		if (WARN_ON_ONCE(status)) {
+			/* Not ours any more: nobody may get it. */
+			get_page(page);
+			continue;
+		}
+		tag = tag_of(hv, gfn);
+		tag->low = res.a2;
+		tag->high = res.a3;
+		if (tag->low | tag->high)
+			atomic64_inc(&havmsi_sealed);
+		xa_erase(&held, page_to_pfn(page));
+		xa_store(&hv->pages, gfn, GONE, GFP_NOWAIT);
+		if (may_block)
+			cond_resched_rwlock_write(&kvm->mmu_lock);
 	}
-	xa_destroy(&hv->pages);
 }
 
-void havmsi_uncharge(struct havmsi_vm *hv)
+/* All pages came back, wiped. */
+void havmsi_forget_pages(struct havmsi_vm *hv)
 {
-	if (hv->locked)
-		account_locked_vm(hv->kvm->mm, hv->locked, false);
-	hv->locked = 0;
+	rwlock_t *lock = &hv->kvm->mmu_lock;
+	unsigned long gfn;
+	struct page *page;
+	void *tags;
+
+	write_lock(lock);
+	xa_for_each(&hv->pages, gfn, page) {
+		if (page != GONE)
+			xa_erase(&held, page_to_pfn(page));
+		xa_erase(&hv->pages, gfn);
+		cond_resched_rwlock_write(lock);
+	}
+	xa_for_each(&hv->tags, gfn, tags) {
+		xa_erase(&hv->tags, gfn);
+		free_page((unsigned long)tags);
+	}
+	write_unlock(lock);
+}
+
+/* A device or a system call is at it: the guest comes again in a moment. */
+static int not_yet(void)
+{
+	usleep_range(20, 200);
+	return 1;
 }
 
 /* ---- launch; slots_lock and hv->lock are held ---- */
@@ -281,7 +483,6 @@ int havmsi_declare_ram(struct havmsi_vm *hv)
 	struct kvm_memslots *slots = kvm_memslots(hv->kvm);
 	struct arm_smccc_1_2_regs regs;
 	struct kvm_memslot_iter iter;
-	unsigned long pages = 0;
 	int ret;
 
 	kvm_for_each_memslot_in_gfn_range(&iter, slots, 0, ~0ULL) {
@@ -293,28 +494,8 @@ int havmsi_declare_ram(struct havmsi_vm *hv)
 		ret = havmsi_vm_call(hv, &regs, NULL);
 		if (ret)
 			return ret;
-		pages += iter.slot->npages;
 	}
-
-	/*
-	 * Sooner or later all of it is pinned. Say so now, not when the guest
-	 * touches the page that is one too many.
-	 */
-	if (pages > hv->locked) {
-		ret = account_locked_vm(current->mm, pages - hv->locked, true);
-		if (ret) {
-			kvm_err("HA-VMSI: the memory of protected VMs is pinned: %lu MiB exceed RLIMIT_MEMLOCK of %s (ulimit -l)\n",
-				pages >> (20 - PAGE_SHIFT), current->comm);
-			return ret;
-		}
-		hv->locked = pages;
-	}
-
-	/* Pinned pages can't be merged: spare KSM the scanning. */
-	mmap_write_lock(current->mm);
-	ret = ksm_disable(current->mm);
-	mmap_write_unlock(current->mm);
-	return ret;
+	return 0;
 }
 
 /*
@@ -342,31 +523,23 @@ static pmd_t user_pmd(struct mm_struct *mm, unsigned long addr)
 	return pmdp_get_lockless(pmd_offset(pud, addr));
 }
 
-static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page)
+/* -EAGAIN if there may be another page by now. */
+static int populate_page(struct havmsi_vm *hv, gfn_t gfn, struct page *page,
+			 unsigned long seq)
 {
-	struct arm_smccc_1_2_regs regs = {
-		.a0 = HAVMSI_FN_VM_POPULATE, .a1 = hv->handle,
-		.a2 = gfn << PAGE_SHIFT, .a3 = page_to_phys(page),
-	};
-	int ret;
+	bool gone;
+	long ret;
 
 	/* Zero pages don't count, and the guest gets zeros anyway. */
-	if (!memchr_inv(page_address(page), 0, PAGE_SIZE)) {
-		unpin_user_page(page);
+	if (!memchr_inv(page_address(page), 0, PAGE_SIZE))
 		return 0;
-	}
-	ret = xa_err(xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT));
-	if (!ret)
-		ret = xa_insert(&held, page_to_pfn(page), HELD, GFP_KERNEL);
-	if (!ret) {
-		ret = havmsi_vm_call(hv, &regs, NULL);
-		if (ret)
-			xa_erase(&held, page_to_pfn(page));
-	}
-	if (ret) {
-		xa_erase(&hv->pages, gfn);
-		unpin_user_page(page);
-	}
+	ret = take_place(hv, gfn, &gone);
+	if (ret)
+		return ret;
+	ret = give(hv, HAVMSI_FN_VM_POPULATE, gfn, page, 1, seq);
+	if (ret == 1)
+		return 0;
+	leave_places(hv, gfn, 1, gone);
 	return ret;
 }
 
@@ -386,6 +559,7 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 		unsigned long end = min(ALIGN(hva + 1, PMD_SIZE),
 					hva + ((slot->npages - off) << PAGE_SHIFT));
 		struct vm_area_struct *vma;
+		unsigned long seq;
 		long got = 0, skip, i;
 		int ret = 0;
 
@@ -393,6 +567,8 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 		if (fatal_signal_pending(current))
 			return -EINTR;
 
+		seq = hv->kvm->mmu_invalidate_seq;
+		smp_rmb();
 		mmap_read_lock(mm);
 		vma = find_vma(mm, hva);
 		if (vma)
@@ -401,7 +577,7 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 		if (vma && vma->vm_start <= hva &&
 		    !(vma->vm_flags & (VM_IO | VM_PFNMAP)) &&
 		    !(vma_is_anonymous(vma) && pmd_none(user_pmd(mm, hva)))) {
-			got = pin_user_pages(hva, skip, PIN_FLAGS | FOLL_DUMP, pages);
+			got = get_user_pages(hva, skip, FOLL_WRITE | FOLL_DUMP, pages);
 			/* A hole at @hva, or nothing that can be written. */
 			if (got == -EFAULT)
 				got = 0;
@@ -413,13 +589,18 @@ static int populate_slot(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
 			return got;
 		for (i = 0; i < got; i++) {
 			if (!ret)
-				ret = populate_page(hv, slot->base_gfn + off + i, pages[i]);
-			else
-				unpin_user_page(pages[i]);
+				ret = populate_page(hv, slot->base_gfn + off, pages[i], seq);
+			if (!ret)
+				off++;
+			put_page(pages[i]);
 		}
-		if (ret)
+		/* Somebody is at it, or it is another page by now: look again. */
+		if (ret == -EAGAIN)
+			not_yet();
+		else if (ret)
 			return ret;
-		off += got ?: skip;
+		if (!got)
+			off += skip;
 	}
 	return 0;
 }
@@ -486,102 +667,17 @@ int havmsi_map_devices(struct havmsi_vm *hv)
 /* ---- while it runs ---- */
 
 /*
- * Whether somebody else has the page pinned, for DMA by all means: direct I/O
- * of the VMM. It aborts if the page goes meanwhile. Beside our own pin, which
- * pages in the list have, and @page if @mine. May err on the safe side: pins
- * of a large folio are counted for all of it.
+ * @page is part of a huge page of the VMM's: how much of that can go to the VM with
+ * it, around it, and has its places now. All of it where the VM has nothing there as
+ * yet; else the largest power of 2 that it lies in.
  */
-static bool pinned_by_others(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
-			     gfn_t gfn, struct page *page, bool mine)
+static unsigned long around(struct havmsi_vm *hv, struct kvm_memory_slot *slot,
+			    gfn_t gfn, unsigned long hva, struct page *page)
 {
-	struct folio *folio = page_folio(page);
-	unsigned long first, i, own = 0;
-	struct page *other;
-
-	if (!folio_test_large(folio))
-		return (unsigned int)folio_ref_count(folio) >=
-		       2 * GUP_PIN_COUNTING_BIAS;
-
-	/* Pages are touched one after the other: don't count all each time. */
-	if (hvcpu->folio == folio && hvcpu->drops == hv->drops &&
-	    atomic_read(&folio->_pincount) <= hvcpu->own + mine)
-		return false;
-
-	first = gfn - min_t(gfn_t, gfn, folio_page_idx(folio, page));
-	xa_for_each_range(&hv->pages, i, other, first,
-			  first + folio_nr_pages(folio) - 1)
-		own += page_folio(other) == folio;
-	hvcpu->folio = folio;
-	hvcpu->own = own;
-	hvcpu->drops = hv->drops;
-	return atomic_read(&folio->_pincount) > own + mine;
-}
-
-/* A device or a system call is at it: the guest comes again in a moment. */
-static int not_yet(void)
-{
-	usleep_range(20, 200);
-	return 1;
-}
-
-/*
- * The guest wants a page back that it shared. The monitor takes it out of our
- * map when we answer 0; the guest asks again until it is answered.
- */
-static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
-{
-	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
-	struct havmsi_vm *hv = vcpu->kvm->arch.havmsi;
-	XA_STATE(xas, &hv->pages, ipa >> PAGE_SHIFT);
-	void *state = NULL;
-	struct page *page;
-	int ret = 1;
-
-	down_read(&hv->lock);
-	/* Not xa_load(): a place that is taken is to be told from none. */
-	xa_lock(&hv->pages);
-	page = xas_load(&xas);
-	xa_unlock(&hv->pages);
-	if (page && !xa_is_zero(page))
-		state = start_moving(page);
-	if (!page) {
-		/* Not 0: there may be one, shared and pinned, when that arrives. */
-		vcpu_set_reg(vcpu, 0, SMCCC_RET_INVALID_PARAMETER);
-	} else if (!state || pinned_by_others(hvcpu, hv, xas.xa_index, page, false)) {
-		if (state)
-			hold(page, state);
-		/* No answer. */
-		hvcpu->exit_class = HAVMSI_EXIT_IRQ;
-		ret = not_yet();
-	} else {
-		hvcpu->moving = page;
-		vcpu_set_reg(vcpu, 0, 0);
-	}
-	up_read(&hv->lock);
-	return ret;
-}
-
-/* The monitor took the answer. Interrupts are off. */
-void havmsi_unshared(struct havmsi_vcpu *hvcpu)
-{
-	xa_cmpxchg(&held, page_to_pfn(hvcpu->moving), MOVING, HELD, GFP_ATOMIC);
-	hvcpu->moving = NULL;
-}
-
-/*
- * @page, pinned, is part of a huge page of the VMM's: how much of that can go to the VM
- * with it, around it. All of it where the VM has nothing there as yet; else the largest
- * power of 2 that it lies in. That is pinned now as well, and has its place in the list.
- */
-static unsigned long around(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
-			    struct kvm_memory_slot *slot, gfn_t gfn,
-			    unsigned long hva, struct page *page)
-{
-	unsigned long pfn = page_to_pfn(page), flags, nr, i;
-	struct folio *folio = page_folio(page);
+	unsigned long pfn = page_to_pfn(page), flags, nr;
 	pmd_t pmd;
 
-	if (!folio_test_pmd_mappable(folio) ||
+	if (!folio_test_pmd_mappable(page_folio(page)) ||
 	    ((hva >> PAGE_SHIFT) ^ gfn) % PTRS_PER_PMD ||
 	    (pfn ^ gfn) % PTRS_PER_PMD)
 		return 1;
@@ -594,86 +690,24 @@ static unsigned long around(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv,
 	for (nr = PTRS_PER_PMD; nr > 1; nr /= 2) {
 		gfn_t first = ALIGN_DOWN(gfn, nr);
 
-		if (first < slot->base_gfn ||
-		    first + nr > slot->base_gfn + slot->npages)
-			continue;
-		/* The pins first: rather one too many for pinned_by_others(). */
-		for (i = 1; i < nr; i++)
-			folio_add_pin(folio);
-		if (!fill_places(&hv->pages, first, nr, gfn, page - (gfn - first), NULL))
+		if (first >= slot->base_gfn &&
+		    first + nr <= slot->base_gfn + slot->npages &&
+		    !fill_places(&hv->pages, first, nr, gfn, XA_ZERO_ENTRY, NULL))
 			break;
-		unpin_user_page_range_dirty_lock(page - (gfn - first), nr - 1, false);
-	}
-	if (hvcpu->folio != folio || hvcpu->drops != hv->drops) {
-		hvcpu->folio = folio;
-		hvcpu->own = nr - 1;
-		hvcpu->drops = hv->drops;
-	} else {
-		hvcpu->own += nr - 1;
 	}
 	return nr;
 }
 
-/*
- * We have pinned these pages: they become the VM's, unless others have them as well.
- * How many did.
- */
-static long give(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
-		 struct page *page, unsigned long nr)
-{
-	unsigned long pfn = page_to_pfn(page), done = 0, i;
-	struct giving g = { .list = LIST_HEAD_INIT(g.list), .pfn = pfn, .nr = nr };
-	int ret;
-
-	ret = fill_places(&held, pfn, nr, ULONG_MAX, HELD, &g);
-	if (ret)
-		goto out;
-	smp_mb();
-	ret = pinned_by_others(hvcpu, hv, gfn, page, true) ? -EAGAIN : 0;
-	while (done < nr && !ret) {
-		struct arm_smccc_1_2_regs regs = {
-			.a0 = HAVMSI_FN_PAGE_MAP, .a1 = hv->handle,
-			.a2 = (gfn + done) << PAGE_SHIFT,
-			.a3 = page_to_phys(page + done),
-			.a4 = min(nr - done, HAVMSI_MAX_PAGES_PER_MAP) << PAGE_SHIFT,
-		};
-
-		ret = havmsi_vm_call(hv, &regs, NULL);
-		if (!ret)
-			done += regs.a4 >> PAGE_SHIFT;
-	}
-	for (i = done; i < nr; i++)
-		xa_erase(&held, pfn + i);
-out:
-	xa_lock(&held);
-	list_del(&g.list);
-	xa_unlock(&held);
-	return done ?: ret;
-}
-
-/* Pages that did not go. */
-static void release(struct havmsi_vcpu *hvcpu, struct havmsi_vm *hv, gfn_t gfn,
-		    struct page *page, unsigned long nr)
-{
-	if (nr)
-		hvcpu->folio = NULL;
-	for (; nr; nr--, gfn++, page++) {
-		xa_erase(&hv->pages, gfn);
-		unpin_user_page(page);
-	}
-}
-
-/* The guest wants a page of its RAM that it doesn't have yet. */
+/* The guest wants a page of its RAM that it doesn't have, or not any more. */
 static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 {
-	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
 	struct kvm *kvm = vcpu->kvm;
 	struct havmsi_vm *hv = kvm->arch.havmsi;
+	unsigned long hva, seq, nr = 1, off = 0;
 	gfn_t gfn = ipa >> PAGE_SHIFT;
 	struct kvm_memory_slot *slot;
-	unsigned long hva, nr, off;
 	struct page *page;
-	bool writable;
+	bool writable, gone;
 	int ret, idx;
 	long done;
 
@@ -692,8 +726,7 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		goto out;
 	}
 
-	/* Its place in the list. */
-	ret = xa_insert(&hv->pages, gfn, NULL, GFP_KERNEL_ACCOUNT);
+	ret = take_place(hv, gfn, &gone);
 	if (ret) {
 		/* Another vCPU is at the same page: let it. */
 		if (ret == -EBUSY) {
@@ -702,51 +735,103 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		}
 		goto out;
 	}
-	ret = pin_user_pages_fast(hva, 1, PIN_FLAGS, &page);
+	seq = kvm->mmu_invalidate_seq;
+	smp_rmb();
+	ret = get_user_pages_fast(hva, 1, FOLL_WRITE, &page);
 	if (ret != 1) {
-		xa_release(&hv->pages, gfn);
+		leave_places(hv, gfn, 1, gone);
 		if (ret == -EINTR || ret == -EAGAIN)
 			goto out;
-		kvm_pr_limited("HA-VMSI VM %llu: can't pin the memory behind guest address %#llx (%d)\n",
+		kvm_pr_limited("HA-VMSI VM %llu: can't get the memory behind guest address %#llx (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = -EFAULT;
 		goto out;
 	}
 
-	nr = around(hvcpu, hv, slot, gfn, hva, page);
-	off = gfn % nr;
-	done = give(hvcpu, hv, gfn - off, page - off, nr);
+	if (!gone) {
+		nr = around(hv, slot, gfn, hva, page);
+		off = gfn % nr;
+	}
+	done = give(hv, HAVMSI_FN_PAGE_MAP, gfn - off, page - off, nr, seq);
 	if (done < 0 && done != -EAGAIN && nr > 1) {
 		/* Something of it can't go: this page alone, then. */
-		release(hvcpu, hv, gfn - off, page - off, off);
-		release(hvcpu, hv, gfn + 1, page + 1, nr - off - 1);
+		leave_places(hv, gfn - off, off, false);
+		leave_places(hv, gfn + 1, nr - off - 1, false);
 		nr = 1;
 		off = 0;
-		done = give(hvcpu, hv, gfn, page, 1);
+		done = give(hv, HAVMSI_FN_PAGE_MAP, gfn, page, 1, seq);
 	}
-	if (done < 0) {
-		ret = done;
-		release(hvcpu, hv, gfn - off, page - off, nr);
-		if (ret == -EAGAIN) {
-			ret = not_yet();
-			goto out;
-		}
+	/* If the first ones went the guest may have to come again. */
+	ret = done < 0 ? done : 1;
+	done = max(done, 0L);
+	leave_places(hv, gfn - off + done, nr - done, gone);
+	if (ret == -EAGAIN) {
+		folio_wait_writeback(page_folio(page));
+		ret = not_yet();
+	} else if (ret == -EIO) {
+		kvm_pr_limited("HA-VMSI VM %llu: the monitor has stopped it: what came back at guest address %#llx is not what was sealed there\n",
+				    hv->handle & 0xffff, ipa);
+		ret = -EFAULT;
+	} else if (ret < 0) {
 		kvm_pr_limited("HA-VMSI VM %llu: PAGE_MAP of guest address %#llx failed (%d)\n",
 				    hv->handle & 0xffff, ipa, ret);
 		ret = ret == -ENOMEM ? ret : -EFAULT;
-		goto out;
 	}
-	if (nr == 1)
-		xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
-	if (hvcpu->folio == page_folio(page))
-		hvcpu->own++;
-	/* The first pages went: the guest may have to come again. */
-	release(hvcpu, hv, gfn - off + done, page - off + done, nr - done);
-	ret = 1;
+	put_page(page);
 out:
 	up_read(&hv->lock);
 	srcu_read_unlock(&kvm->srcu, idx);
 	return ret;
+}
+
+/*
+ * The guest wants a page back that it shared. The monitor takes it out of our
+ * map when we answer 0; the guest asks again until it is answered.
+ */
+static int unshare_page(struct kvm_vcpu *vcpu, u64 ipa)
+{
+	struct havmsi_vcpu *hvcpu = vcpu->arch.havmsi;
+	struct kvm *kvm = vcpu->kvm;
+	struct havmsi_vm *hv = kvm->arch.havmsi;
+	XA_STATE(xas, &hv->pages, ipa >> PAGE_SHIFT);
+	struct page *page;
+	void *state;
+
+	read_lock(&kvm->mmu_lock);
+	/* Not xa_load(): a place that is taken is to be told from none. */
+	xa_lock(&hv->pages);
+	page = xas_load(&xas);
+	xa_unlock(&hv->pages);
+	if (page && !xa_is_zero(page) && page != GONE) {
+		state = start_moving(page);
+		if (state && !in_use(page)) {
+			hvcpu->moving = page;
+			read_unlock(&kvm->mmu_lock);
+			vcpu_set_reg(vcpu, 0, 0);
+			return 1;
+		}
+		if (state)
+			hold(page, state);
+	}
+	read_unlock(&kvm->mmu_lock);
+	if (!page) {
+		/* Not 0: there may be one, shared and pinned, when that arrives. */
+		vcpu_set_reg(vcpu, 0, SMCCC_RET_INVALID_PARAMETER);
+		return 1;
+	}
+	/* No answer: the guest asks again. */
+	hvcpu->exit_class = HAVMSI_EXIT_IRQ;
+	return page == GONE ? map_page(vcpu, ipa) : not_yet();
+}
+
+/*
+ * The monitor took the answer. Interrupts are off. If the page was taken from the
+ * VM meanwhile it is no longer there, and the guest asks again.
+ */
+void havmsi_unshared(struct havmsi_vcpu *hvcpu)
+{
+	xa_cmpxchg(&held, page_to_pfn(hvcpu->moving), MOVING, HELD, GFP_ATOMIC);
+	hvcpu->moving = NULL;
 }
 
 /* In place of KVM's: the monitor has told RAM and devices apart already. */
@@ -764,35 +849,4 @@ int havmsi_handle_guest_abort(struct kvm_vcpu *vcpu)
 	ret = io_mem_abort(vcpu, hvcpu->exit_ipa);
 	srcu_read_unlock(&vcpu->kvm->srcu, idx);
 	return ret;
-}
-
-/* A memory slot goes (slots_lock is held): its pages come back wiped. */
-void havmsi_flush_memslot(struct kvm *kvm, struct kvm_memory_slot *slot)
-{
-	struct havmsi_vm *hv = kvm->arch.havmsi;
-	gfn_t end = slot->base_gfn + slot->npages;
-	unsigned long gfn;
-	struct page *page;
-
-	if (!hv)
-		return;
-	down_write(&hv->lock);
-	if (!hv->handle)
-		goto out;
-	hv->drops++;
-	xa_for_each_range(&hv->pages, gfn, page, slot->base_gfn, end - 1) {
-		struct arm_smccc_1_2_regs regs = {
-			.a0 = HAVMSI_FN_PAGE_UNMAP, .a1 = hv->handle,
-			.a2 = gfn << PAGE_SHIFT, .a3 = 1,
-		};
-
-		/* What the monitor doesn't give back stays pinned until VM_DESTROY. */
-		if (WARN_ON_ONCE(havmsi_vm_call(hv, &regs, NULL)))
-			continue;
-		xa_erase(&hv->pages, gfn);
-		unpin(page);
-		cond_resched();
-	}
-out:
-	up_write(&hv->lock);
 }
