@@ -73,21 +73,8 @@ impl GuestMap {
         each.for_each(|pa| self.pool.push(m.hw(), pa));
     }
 
-    /// Looks for the entry of `ipa`, a block's or at level 3: its place, or how many
-    /// tables miss.
     fn find(&self, hw: &impl Hardware, ipa: Ipa) -> Result<(Pa, usize), u64> {
-        let mut table = self.root;
-        for (slot, missing) in [(level1_index(ipa), 2), (level2_index(ipa), 1)] {
-            let entry = Entry(hw.read_entry(table, slot));
-            if !entry.is_valid() {
-                return Err(missing);
-            }
-            if entry.is_block() {
-                return Ok((table, slot));
-            }
-            table = entry.address();
-        }
-        Ok((table, level3_index(ipa)))
+        stage2::find(hw, self.root, ipa)
     }
 
     /// The entry of `ipa`, a block's or at level 3.

@@ -23,8 +23,8 @@ use crate::hw::Hardware;
 use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages};
 use crate::ram::{MAX_BANKS, Ram, Range};
 use crate::stage2::{
-    Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, as_block, level1_index, level2_index,
-    level3_index, replace,
+    Attributes, ENTRIES, Entry, LEVEL1_SIZE, LEVEL2_SIZE, as_block, find, level1_index,
+    level2_index, level3_index, replace,
 };
 
 /// What the host's access to an address should find.
@@ -337,21 +337,8 @@ impl HostMap {
     /// The place of the entry that ends the walk for `ipa`, if that is a block
     /// or at level 3.
     fn leaf(&self, hw: &impl Hardware, ipa: Ipa) -> Option<(Pa, usize)> {
-        if ipa.0 >= 1 << havmsi_abi::MAX_IPA_BITS {
-            return None;
-        }
-        let mut table = self.root();
-        for slot in [level1_index(ipa), level2_index(ipa)] {
-            let entry = Entry(hw.read_entry(table, slot));
-            if entry.is_block() {
-                return Some((table, slot));
-            }
-            if !entry.is_valid() {
-                return None;
-            }
-            table = entry.address();
-        }
-        Some((table, level3_index(ipa)))
+        let known = ipa.0 >> havmsi_abi::MAX_IPA_BITS == 0;
+        find(hw, self.root(), ipa).ok().filter(|_| known)
     }
 }
 

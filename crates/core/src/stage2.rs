@@ -140,6 +140,23 @@ pub fn level3_index(ipa: Ipa) -> usize {
     index(ipa.0 / PAGE_SIZE) % ENTRIES
 }
 
+/// Looks for the entry of `ipa`, a block's or at level 3: its place, or how many
+/// tables miss.
+pub(crate) fn find(hw: &impl Hardware, root: Pa, ipa: Ipa) -> Result<(Pa, usize), u64> {
+    let mut table = root;
+    for (slot, missing) in [(level1_index(ipa), 2), (level2_index(ipa), 1)] {
+        let entry = Entry(hw.read_entry(table, slot));
+        if !entry.is_valid() {
+            return Err(missing);
+        }
+        if entry.is_block() {
+            return Ok((table, slot));
+        }
+        table = entry.address();
+    }
+    Ok((table, level3_index(ipa)))
+}
+
 /// Puts `entry` in place of the valid one at a table's slot: break before make, with `forget` to
 /// invalidate what TLBs hold of that (Arm ARM D8.17).
 pub(crate) fn replace(hw: &impl Hardware, at: (Pa, usize), entry: Entry, forget: impl FnOnce()) {
