@@ -177,9 +177,9 @@ static int havmsi_stats_show(struct seq_file *m, void *unused)
 		return havmsi_errno(status);
 	seq_printf(m, "vms %lu\nvcpus %lu\nprivate_pages %lu\npool_pages %lu\nshared_pages %lu\nhost_pages %lu\n",
 		   res.a1, res.a2, res.a3, res.a4, res.a6, res.a5);
-	seq_printf(m, "pages_sealed %lld\npages_unsealed %lld\nintegrity_failures %lld\n",
+	seq_printf(m, "pages_sealed %lld\npages_unsealed %lld\nintegrity_failures %lld\npage_calls %lld\n",
 		   atomic64_read(&havmsi_sealed), atomic64_read(&havmsi_unsealed),
-		   atomic64_read(&havmsi_refused));
+		   atomic64_read(&havmsi_refused), atomic64_read(&havmsi_calls));
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(havmsi_stats);

@@ -250,7 +250,7 @@ int arch_check_pinned(struct page **pages, int nr)
 
 /* ---- pages that go and come back ---- */
 
-atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused;
+atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused, havmsi_calls;
 
 /* In the list: the VM's page was taken back. Its tag says what it was. */
 #define GONE	xa_mk_value(0)
@@ -334,6 +334,7 @@ static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
 			return -EAGAIN;
 		}
 		arm_smccc_1_2_smc(&regs, &regs);
+		atomic64_inc(&havmsi_calls);
 		if (regs.a0 == HAVMSI_SUCCESS) {
 			for (i = 0; i < nr; i++)
 				xa_store(&hv->pages, gfn + i, page + i, GFP_NOWAIT);
@@ -430,6 +431,7 @@ void havmsi_unmap_range(struct kvm *kvm, u64 start, u64 size, bool may_block)
 			continue;
 		status = havmsi_call(HAVMSI_FN_PAGE_UNMAP, hv->handle,
 				     gfn << PAGE_SHIFT, 1, 0, &res);
+		atomic64_inc(&havmsi_calls);
 		if (WARN_ON_ONCE(status)) {
 			/* Not ours any more: nobody may get it. */
 			get_page(page);
