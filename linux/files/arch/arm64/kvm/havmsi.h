@@ -29,7 +29,10 @@ struct havmsi_tag {
 
 #define HAVMSI_TAGS	(PAGE_SIZE / sizeof(struct havmsi_tag))
 
-/* Pages that were sealed, came back, and were refused; calls about pages: of all VMs since boot. */
+/*
+ * Pages that were sealed, came back, and were refused; calls that map or take back
+ * pages, after the launch: of all VMs since boot.
+ */
 extern atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused, havmsi_calls;
 
 struct havmsi_vm {

@@ -334,7 +334,8 @@ static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
 			return -EAGAIN;
 		}
 		arm_smccc_1_2_smc(&regs, &regs);
-		atomic64_inc(&havmsi_calls);
+		if (fn == HAVMSI_FN_PAGE_MAP)
+			atomic64_inc(&havmsi_calls);
 		if (regs.a0 == HAVMSI_SUCCESS) {
 			for (i = 0; i < nr; i++)
 				xa_store(&hv->pages, gfn + i, page + i, GFP_NOWAIT);
