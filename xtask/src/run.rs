@@ -108,27 +108,40 @@ impl Default for Args {
 pub enum Scenario {
     /// 3 guests of 1 GiB on a host of 2 GiB that swaps, compacts and scans with KSM
     Overcommit,
+    /// A guest of 1 GiB on pages of 4 KiB, on transparent huge pages, on hugetlbfs: calls counted
+    Hugepages,
 }
 
 impl Scenario {
     /// The options that it stands for, and how long it may take.
     fn args(self, args: &Args) -> (Args, Duration) {
-        match self {
+        let (guests, mem, job, words, limit) = match self {
             Self::Overcommit => {
-                let words = format!(
-                    "havmsi.gmem=1024 havmsi.mib=900 havmsi.seconds=1500 havmsi.timeout=3000 {}",
-                    args.append
-                );
-                let args = Args {
-                    guests: 3,
-                    mem: 2048,
-                    job: "overcommit".to_owned(),
-                    no_control: true,
-                    append: words,
-                    ..args.clone()
-                };
-                (args, Duration::from_secs(3600))
+                let words =
+                    "havmsi.gmem=1024 havmsi.mib=900 havmsi.seconds=1500 havmsi.timeout=3000";
+                (3, 2048, "overcommit", words, 3600)
             }
+            Self::Hugepages => {
+                let words = "havmsi.gmem=1024 havmsi.mib=900 havmsi.timeout=900";
+                (1, 3072, "hugepages", words, 1200)
+            }
+        };
+        let args = Args {
+            guests,
+            mem,
+            job: job.to_owned(),
+            no_control: true,
+            append: format!("{words} {}", args.append),
+            ..args.clone()
+        };
+        (args, Duration::from_secs(limit))
+    }
+
+    /// The event that has its figures.
+    const fn event(self) -> &'static str {
+        match self {
+            Self::Overcommit => "overcommit",
+            Self::Hugepages => "hugepages",
         }
     }
 }
@@ -300,7 +313,7 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
             "kernel": havmsi.as_ref().or(control.as_ref()).and_then(|o| o.start("kernel")).cloned(),
             "logs": ctx.log_dir,
         }),
-        scenario: havmsi.as_ref().and_then(|o| last(o, "overcommit")),
+        scenario: havmsi.as_ref().zip(args.scenario).and_then(|(o, s)| last(o, s.event())),
         seconds,
     })
 }

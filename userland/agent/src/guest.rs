@@ -2,6 +2,7 @@
 //! A guest: a QEMU process and what its console says.
 
 use crate::attacker::Attacker;
+use crate::hugepages;
 use crate::out;
 use crate::params::Params;
 use crate::sys;
@@ -200,6 +201,9 @@ impl Guest {
             .args(["-append", &params.guest_cmdline(mode, params.seconds)]);
         if mode != "reboot" {
             command.arg("-no-reboot");
+        }
+        if params.thp == "hugetlb" {
+            command.args(["-mem-path", hugepages::FOLDER]);
         }
         if params.job == "memlock" {
             // Root may lock what it likes.

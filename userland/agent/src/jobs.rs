@@ -4,7 +4,7 @@
 use crate::attacker::{Attacker, Via};
 use crate::guest::{self, Guest};
 use crate::params::Params;
-use crate::{checks, io, out, overcommit, sys};
+use crate::{checks, hugepages, io, out, overcommit, sys};
 use havmsi_abi::Function;
 use havmsi_operations::mark;
 use havmsi_proto::Seed;
@@ -39,6 +39,7 @@ impl Job<'_> {
             "hotplug" => self.hotplug(),
             "memlock" => self.memlock(),
             "overcommit" => self.overcommit(),
+            "hugepages" => self.hugepages(),
             "io" => self.io(),
             "devices" => self.devices(),
             "bench" => self.bench(),
@@ -470,6 +471,29 @@ impl Job<'_> {
         let verdicts = self.finish(&mut guests);
         drop(guests);
         Ok((clean, verdicts.map(|()| String::new())))
+    }
+
+    /// A guest on pages of 4 KiB, on transparent huge pages and on hugetlbfs: how many calls
+    /// each way takes to give it its memory.
+    fn hugepages(&self) -> End {
+        let mut event = Object::event("hugepages");
+        let mut calls = Vec::new();
+        for (name, thp) in [("small", "never"), ("thp", "always"), ("hugetlb", "hugetlb")] {
+            hugepages::back(thp, self.params.gmem)?;
+            let params = Params { thp: thp.to_owned(), ..self.params.clone() };
+            let job = Job { params: &params, ..*self };
+            let before = overcommit::page_calls()?;
+            let mut guests = job.start("work")?;
+            job.finish(&mut guests)?;
+            let n = overcommit::page_calls()? - before;
+            event = event.value(&format!("{name}_calls"), n);
+            calls.push(n);
+        }
+        out::event(event);
+        let [small, thp, hugetlb] = calls[..] else { return Err("a round is missing".to_owned()) };
+        let said =
+            format!("{small} calls for pages of 4 KiB, {thp} with THP, {hugetlb} with hugetlbfs");
+        if 100 * thp.max(hugetlb) > small { Err(said) } else { Ok(said) }
     }
 
     /// A user's VMM need not be allowed to lock any of its guest's memory: none is pinned.

@@ -5,6 +5,7 @@
 mod attacker;
 mod checks;
 mod guest;
+mod hugepages;
 mod io;
 mod jobs;
 mod out;

@@ -76,6 +76,13 @@ pub struct Counts {
     ksm_scans: u64,
 }
 
+/// Calls that have mapped or taken back pages so far.
+pub fn page_calls() -> Result<u64, String> {
+    let text = fs::read_to_string(COUNTS).map_err(|e| format!("{COUNTS}: {e}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("page_calls "));
+    line.and_then(|n| n.trim().parse().ok()).ok_or_else(|| format!("{COUNTS}: no page_calls"))
+}
+
 impl Counts {
     /// Reads all of them.
     pub fn read() -> Result<Self, String> {

@@ -4,6 +4,7 @@
 use havmsi_proto::cmdline::{number, value};
 
 /// The words of `userland/README.md`, section "Jobs".
+#[derive(Clone)]
 pub struct Params {
     pub job: String,
     pub guests: u64,
@@ -21,7 +22,7 @@ pub struct Params {
     pub protected: bool,
 }
 
-const JOBS: [&str; 15] = [
+const JOBS: [&str; 16] = [
     "run",
     "attack",
     "smp4",
@@ -32,6 +33,7 @@ const JOBS: [&str; 15] = [
     "devices",
     "memlock",
     "overcommit",
+    "hugepages",
     "nokvm",
     "boot",
     "shell",
