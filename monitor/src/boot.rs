@@ -10,7 +10,7 @@ use havmsi_abi::{PAGE_SIZE, layout};
 use havmsi_core::addr::Pa;
 use havmsi_core::launch::Boot;
 use havmsi_core::ram::Range;
-use havmsi_hal::sysreg::scr_el3;
+use havmsi_hal::sysreg;
 use havmsi_hal::{barrier, cache, phys};
 
 use crate::cpu::{self, PER_CPU, PerCpu, this_cpu};
@@ -75,7 +75,7 @@ extern "C" fn start(number: usize) -> ! {
     this_cpu().init(number);
     // SAFETY: the value keeps EL3 secure and gives lower levels the normal
     // world only.
-    unsafe { scr_el3::write(host::SCR) };
+    unsafe { sysreg::write_scr_el3(host::SCR) };
     barrier::isb();
     if number == 0 { first() } else { other() }
 }

@@ -210,7 +210,7 @@ fn set_up_cpu() {
 pub fn enter_again(el1: &El1State) {
     let world = world();
     // SAFETY: lower levels get the normal world only, and EL3 stays secure.
-    unsafe { reg::scr_el3::write(SCR) };
+    unsafe { reg::write_scr_el3(SCR) };
     reg::mdcr_el2::write(MDCR_EL2);
     reg::cnthctl_el2::write(CNTHCTL);
     reg::vmpidr_el2::write(reg::mpidr_el1::read());

@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use havmsi_core::addr::index;
 use havmsi_core::ram::{MAX_BANKS, Ram};
-use havmsi_hal::tlb;
+use havmsi_hal::barrier;
 
 use crate::platform::{EL3_DEVICES, MAX_CPUS};
 
@@ -128,7 +128,8 @@ pub fn map_ram(ram: &Ram) {
     for bank in ram.banks() {
         map(bank.base, bank.base + bank.size, XN | NON_SECURE | NORMAL);
     }
-    tlb::publish_el3_entries();
+    barrier::dsb_ishst();
+    barrier::isb();
 }
 
 const _: () = assert!(MAX_CPUS * STACK_STRIDE <= 1 << 20);

@@ -234,7 +234,7 @@ fn enter(
     havmsi_core::left_out!(CounterOffset => reg::cntvoff_el2::write(cntvoff));
     reg::vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
-    unsafe { reg::scr_el3::write(host::SCR_GUEST) };
+    unsafe { reg::write_scr_el3(host::SCR_GUEST) };
     if run.config.gic != 0 {
         let hcr = entry.ich_hcr & policy::HCR_ALLOWED;
         world.vgic.load(&context.vgic, hcr, entry.lr.get(..used_lrs).unwrap_or(&entry.lr));

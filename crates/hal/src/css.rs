@@ -2,6 +2,8 @@
 //! Parts of Arm's Juno: its control processor, entropy source, coherent
 //! interconnect and system counter. Never run: nobody here has the board.
 
+use core::arch::asm;
+
 use crate::barrier;
 use crate::mmio::Registers;
 
@@ -171,6 +173,23 @@ const UART_LCR_H: usize = 0x2c;
 const UART_CR: usize = 0x30;
 /// 8 bits, FIFOs on.
 const LCR_H_8N1: u32 = 0b11 << 5 | 1 << 4;
+
+/// `L2CTLR_EL1` of a Cortex-A57 or A72.
+pub fn l2ctlr_el1() -> u64 {
+    let value: u64;
+    // SAFETY: reading it has no side effect.
+    unsafe { asm!("mrs {}, s3_1_c11_c0_2", out(reg) value, options(nomem, nostack)) }
+    value
+}
+
+/// Changes `L2CTLR_EL1`.
+///
+/// # Safety
+/// The L2's RAMs must be fast enough for `value`.
+pub unsafe fn set_l2ctlr_el1(value: u64) {
+    // SAFETY: passed on to the caller.
+    unsafe { asm!("msr s3_1_c11_c0_2, {}", "isb", in(reg) value, options(nostack)) }
+}
 
 /// Sets the line of the UART (PL011) at `base`, which is off from then on. `divisor`
 /// is that of its clock, in 64ths.

@@ -235,7 +235,8 @@ impl Gic {
                 }
             }
             Kind::V3 { .. } => {
-                let id = reg::icc_acknowledge_group0();
+                let id = reg::icc_iar0_el1::read();
+                barrier::dsb_sy();
                 if id < 1020 {
                     reg::icc_eoir0_el1::write(id);
                     barrier::isb();

@@ -13,7 +13,7 @@ use havmsi_hal::css::{self, Cci, Counter, Scp, System, Trng};
 use havmsi_hal::gic::Gic;
 use havmsi_hal::pl011::Uart;
 use havmsi_hal::smmu::Smmu;
-use havmsi_hal::sysreg::{cntfrq_el0, l2ctlr_el1};
+use havmsi_hal::sysreg::cntfrq_el0;
 
 use super::Facts;
 
@@ -99,11 +99,10 @@ pub fn facts() -> Facts {
 /// On each CPU, with the MMU off: what BL31 has to do here.
 pub fn early(cpu: usize) {
     let big = cpu >= FIRST_BIG;
-    let latency = l2ctlr_el1::read();
+    let latency = css::l2ctlr_el1();
     if big && latency & L2_LATENCY_MASK != L2_LATENCY {
         // SAFETY: caches are off; it changes how long the L2's RAMs are waited for.
-        unsafe { l2ctlr_el1::write(latency & !L2_LATENCY_MASK | L2_LATENCY) };
-        barrier::isb();
+        unsafe { css::set_l2ctlr_el1(latency & !L2_LATENCY_MASK | L2_LATENCY) };
     }
     // SAFETY: with the MMU off, everything is device memory.
     unsafe { Cci::new(CCI) }.join(CCI_PORTS[usize::from(big)]);
