@@ -11,18 +11,9 @@ const CPU_COUNT: u16 = 0x05;
 const MAX_FILES: u32 = 256;
 
 /// The device.
-pub struct FwCfg(Registers);
+pub struct FwCfg(pub Registers);
 
 impl FwCfg {
-    /// The device at the physical address `base`.
-    ///
-    /// # Safety
-    /// EL3 must map 4 KiB at `base` as device memory, and fw_cfg must be there.
-    pub const unsafe fn new(base: usize) -> Self {
-        // SAFETY: passed on to the caller.
-        Self(unsafe { Registers::new(base, 0x1000) })
-    }
-
     fn select(&self, key: u16) {
         self.0.write16(SELECTOR, key.to_be());
     }
