@@ -72,7 +72,7 @@ extern "C" fn early(number: usize) {
 
 /// Called by entry.S on each CPU, with MMU and caches on.
 extern "C" fn start(number: usize) -> ! {
-    this_cpu().init(number);
+    this_cpu().resume_host_next();
     // SAFETY: the value keeps EL3 secure and gives lower levels the normal
     // world only.
     unsafe { sysreg::write_scr_el3(host::SCR) };

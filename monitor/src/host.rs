@@ -67,10 +67,7 @@ static RECORDS: [AtomicU16; MAX_PAGES] = [const { AtomicU16::new(0) }; _];
 
 /// What all CPUs share; built before the second one comes in.
 pub fn world() -> &'static World {
-    match WORLD.get() {
-        Some(world) => world,
-        None => panic!("used before it was built"),
-    }
+    WORLD.get().expect("used before it was built")
 }
 
 /// `smc #0`.
@@ -100,12 +97,10 @@ pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
     let devices = platform::host_devices(facts.cpus, gic.version());
     #[cfg(feature = "leave-out")]
     let devices = devices.chain(platform::hidden_devices(facts.cpus));
-    let Ok(map) = HostMap::new(&machine, facts.ram, reserved, devices) else {
-        panic!("the platform's RAM or devices can't be mapped");
-    };
-    let Some(pages) = Pages::new(facts.ram, &RECORDS) else {
-        panic!("more RAM than secure RAM can hold records for");
-    };
+    let map = HostMap::new(&machine, facts.ram, reserved, devices)
+        .expect("the platform's RAM or devices can't be mapped");
+    let pages =
+        Pages::new(facts.ram, &RECORDS).expect("more RAM than secure RAM can hold records for");
     for (i, bank) in facts.ram.banks().iter().enumerate() {
         let skip = if i == 0 { reserved } else { 0 };
         for at in (skip..bank.size).step_by(4096) {

@@ -36,10 +36,9 @@ pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
             Ok(sleep(cpu))
         }
         (id::SYSTEM_OFF | id::SYSTEM_RESET, false) => {
-            let off = function == id::SYSTEM_OFF;
-            crate::log!("the host {} the machine", if off { "turns off" } else { "resets" });
-            let end = if off { platform::power_off } else { platform::reset };
-            end();
+            let reset = function == id::SYSTEM_RESET;
+            crate::log!("the host {} the machine", if reset { "resets" } else { "turns off" });
+            platform::end(reset);
             Err(Error::InternalFailure)
         }
         _ => return psci::discovery(function, low32(args[1])),

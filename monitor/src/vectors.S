@@ -38,8 +38,9 @@ vectors_el3:
     .irp    kind, 0, 1, 2, 3, 0, 1, 2, 3
     own     \kind                       // with SP_EL0 (not used), with SP_EL3
     .endr
-    // Synchronous, IRQ, FIQ, SError; again for an AArch32 EL2, which is not reached.
-    .irp    kind, 0, 1, 2, 3, 0, 1, 2, 3
+    // Synchronous, IRQ, FIQ, SError (`Cause`); again for an AArch32 EL2, which is
+    // not reached.
+    .irp    kind, 0, 1, 1, 2, 0, 1, 1, 2
     lower   \kind
     .endr
 

@@ -117,19 +117,10 @@ pub fn power_on(cpu: usize, entry: u64) {
     SCP.power_on(AFFINITIES[cpu], entry);
 }
 
-/// Turns the machine off.
-pub fn power_off() {
-    system(System::Off);
-}
-
-/// Resets the machine.
-pub fn reset() {
-    system(System::Reboot);
-}
-
-/// Two CPUs that ask at a time may get one another's wish, no more.
-fn system(state: System) {
-    if SCP.system(state) {
+/// Resets the machine, or turns it off. Two CPUs that ask at a time may get one
+/// another's wish, no more.
+pub fn end(reset: bool) {
+    if SCP.system(if reset { System::Reboot } else { System::Off }) {
         loop {
             barrier::wfi();
         }

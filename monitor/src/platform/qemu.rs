@@ -111,14 +111,9 @@ pub const fn early(_cpu: usize) {}
 /// Turns a CPU on that is off at reset: none is.
 pub const fn power_on(_cpu: usize, _entry: u64) {}
 
-/// Turns the machine off.
-pub fn power_off() {
-    GPIO.raise(PIN_POWER_OFF);
-}
-
-/// Resets the machine.
-pub fn reset() {
-    GPIO.raise(PIN_RESET);
+/// Resets the machine, or turns it off.
+pub fn end(reset: bool) {
+    GPIO.raise(if reset { PIN_RESET } else { PIN_POWER_OFF });
 }
 
 /// The devices that the host may use. Nothing here can write memory but what is
