@@ -59,7 +59,9 @@ global_asm!(
 
 unsafe extern "C" {
     static PENS: [Pen; MAX_CPUS + 1];
-    fn resume_current() -> !;
+    /// The way out: resumes the current frame, which [`PerCpu`] always has; nothing on
+    /// this stack is needed any more.
+    pub safe fn resume() -> !;
 }
 
 /// Called by entry.S on each CPU, with the MMU off.
@@ -128,12 +130,6 @@ fn other() -> ! {
     host::world().gic.init_cpu(number);
     psci::sleep(number);
     resume()
-}
-
-pub fn resume() -> ! {
-    // SAFETY: `init` set the current frame to the host's and `host::enter`
-    // filled it; nothing on this stack is needed any more.
-    unsafe { resume_current() }
 }
 
 fn pen(number: usize) -> &'static Pen {

@@ -87,7 +87,7 @@ pub fn this_cpu() -> &'static PerCpu {
 impl PerCpu {
     /// The CPU's number in the platform's table, as of this record.
     pub fn number(&self) -> usize {
-        (ptr::from_ref(self).addr() - PER_CPU.as_ptr().addr()) / size_of::<Self>()
+        ptr::from_ref(self).addr().wrapping_sub(PER_CPU.as_ptr().addr()) / size_of::<Self>()
     }
 
     /// The host is what the way out of the monitor resumes.

@@ -147,7 +147,7 @@ pub fn faulting_ipa(esr: u64) -> Option<Ipa> {
 /// stage 2 refused with this `ESR_EL2` and `FAR_EL2`.
 pub fn inject(frame: &mut Frame, what: Injection, (esr, far): (u64, u64)) {
     let syndrome = match what {
-        Injection::Undefined => inject::undefined(),
+        Injection::Undefined => inject::UNDEFINED,
         Injection::ExternalAbort => {
             reg::far_el1::write(far);
             inject::external_abort(esr, frame.spsr)

@@ -47,8 +47,9 @@ pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
 }
 
 fn target(affinity: u64) -> Result<usize, Error> {
-    let cpu = psci::affinity(affinity).and_then(platform::cpu_number);
-    cpu.filter(|&cpu| cpu < host::world().facts.cpus).ok_or(Error::InvalidParameters)
+    platform::cpu_number(affinity)
+        .filter(|&cpu| cpu < host::world().facts.cpus)
+        .ok_or(Error::InvalidParameters)
 }
 
 fn cpu_on(args: &[u64; 8]) -> Result<u64, Error> {

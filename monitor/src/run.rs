@@ -22,7 +22,7 @@ use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State};
-use havmsi_hal::{barrier, idreg, phys, tlb};
+use havmsi_hal::{barrier, bits, idreg, phys, tlb};
 use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
@@ -31,14 +31,7 @@ use crate::{exception, host, vms};
 /// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): as the host's, and virtual
 /// interrupts; TLB maintenance and barriers reach the inner
 /// shareable domain, for a vCPU may have moved.
-const HCR: u64 = {
-    const FMO: u64 = 1 << 3;
-    const IMO: u64 = 1 << 4;
-    const AMO: u64 = 1 << 5;
-    const FB: u64 = 1 << 9;
-    const BSU_IS: u64 = 1 << 10;
-    host::HCR | FMO | IMO | AMO | FB | BSU_IS
-};
+const HCR: u64 = host::HCR | bits!(FMO 3, IMO 4, AMO 5, FB 9, BSU_IS 10);
 const HCR_TWI: u64 = 1 << 13;
 const HCR_TWE: u64 = 1 << 14;
 
@@ -46,7 +39,7 @@ const HCR_TWE: u64 = 1 << 14;
 const MDCR_TDA: u64 = 1 << 9;
 /// `MDSCR_EL1`: MDE, KDE, SS. While none is set, breakpoints and watchpoints
 /// have no effect on EL1 and EL0 and need not be loaded.
-const MDSCR_ARMED: u64 = 1 << 15 | 1 << 13 | 1;
+const MDSCR_ARMED: u64 = bits!(SS 0, KDE 13, MDE 15);
 /// `CNTHCTL_EL2.EL1PCTEN`: the physical counter is open to a guest, the
 /// physical timer traps.
 const CNTHCTL: u64 = 1;
@@ -233,7 +226,7 @@ pub fn run(local: &mut Local, handle: u64, idx: u64) -> Result<(), Error> {
     if world.ras {
         reg::vdisr_el2::write(0);
     }
-    let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
+    let trap = |flag, bit| if entry.flags.0 & flag != 0 { bit } else { 0 };
     let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);
     world::switch_to(&context.el1, run.vttbr, hcr);
     if let Some(what) = injection {

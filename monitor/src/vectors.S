@@ -60,8 +60,8 @@ save:
     b       {from_lower}
 
     // The way into a world: the stack is empty again.
-    .global resume_current
-resume_current:
+    .global resume
+resume:
     mrs     x0, tpidr_el3
     ldr     x1, [x0, #{per_cpu_stack}]
     mov     sp, x1

@@ -38,15 +38,12 @@ impl FwCfg {
             let key = u16::from_be_bytes(self.bytes());
             let _reserved: [u8; 2] = self.bytes();
             let entry: [u8; 56] = self.bytes();
-            let length = entry.iter().position(|&b| b == 0).unwrap_or(entry.len());
-            if entry.get(..length) != Some(name.as_bytes()) {
+            if entry.split(|&b| b == 0).next() != Some(name.as_bytes()) {
                 continue;
             }
             self.select(key);
             let length = to.len().min(usize::try_from(size).unwrap_or(usize::MAX));
-            for byte in to.iter_mut().take(length) {
-                *byte = self.0.read8(0);
-            }
+            to[..length].fill_with(|| self.0.read8(0));
             return Some(length);
         }
         None

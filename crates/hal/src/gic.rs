@@ -92,13 +92,15 @@ impl Gic {
     pub fn init_distributor(&self) {
         let d = self.distributor;
         let v3 = matches!(self.kind, Kind::V3(_));
-        d.write32(GICD_CTLR, 0);
-        if v3 {
-            self.wait_distributor();
-            // Affinity routing may be turned on only while all groups are off (12.9.4).
-            d.write32(GICD_CTLR, CTLR_ARE);
-            self.wait_distributor();
-        }
+        let set = |value| {
+            d.write32(GICD_CTLR, value);
+            // RWP is GICv3's; a GICv2 reads it as 0.
+            while d.read32(GICD_CTLR) & CTLR_RWP != 0 {}
+        };
+        let routing = if v3 { CTLR_ARE } else { 0 };
+        set(0);
+        // Affinity routing may be turned on only while all groups are off (12.9.4).
+        set(routing);
         // ITLinesNumber + 1 words; word 0 (SGIs, PPIs) is each CPU's own.
         let words = (d.read32(GICD_TYPER) & 31) as usize;
         for word in 1..=words {
@@ -107,13 +109,7 @@ impl Gic {
                 d.write32(GICD_IGRPMODR + 4 * word, 0);
             }
         }
-        d.write32(GICD_CTLR, if v3 { CTLR_ARE | CTLR_GRP0 } else { CTLR_GRP0 });
-        self.wait_distributor();
-    }
-
-    /// RWP is GICv3's; a GICv2 reads it as 0.
-    fn wait_distributor(&self) {
-        while self.distributor.read32(GICD_CTLR) & CTLR_RWP != 0 {}
+        set(routing | CTLR_GRP0);
     }
 
     /// Sets this CPU's share up, as far as the host can't (its view of

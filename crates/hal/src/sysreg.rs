@@ -7,6 +7,12 @@
 
 use core::arch::asm;
 
+/// The bits of a register, each by its name and number.
+#[macro_export]
+macro_rules! bits {
+    ($($name:ident $number:literal),*) => { $(1 << $number)|* };
+}
+
 /// No write.
 macro_rules! read_only {
     ($name:ident) => {};
