@@ -685,7 +685,7 @@ impl<'a> World<'a> {
         let config = Config { ipa_bits: bits, gic, max_vcpus };
         let vm = self.find(handle).expect("it runs");
         let syndrome = Syndrome { esr, ipa: Ipa(ipa), privileged: el1, idx };
-        let action = exit::decide(&syndrome, &x, &config, |ipa| vm.ram_or_device(ipa));
+        let action = exit::decide(&syndrome, &x, &config, |ipa| vm.ram_or_device(ipa), |_, _| 0);
         let expected = model::exit(trap, &self.model.vms[&handle], &x, el1, esr);
         if self.verbose {
             eprintln!("  {trap:x?}: {action:x?}");
@@ -716,15 +716,10 @@ impl<'a> World<'a> {
                 assert_eq!(expected, Outcome::Stepped, "{trap:x?}");
                 self.go_on(handle, idx);
             }
-            Action::IdRead(access) | Action::Debug(access) | Action::Fixed { access, .. } => {
+            Action::Debug(target) | Action::Fixed { rt: target, .. } => {
                 assert_eq!(expected, Outcome::Emulated, "{trap:x?}");
-                let Trap::Sysreg { op, rt, read } = *trap else { panic!("{trap:x?}: {access:?}") };
-                let op = op.map(|n| n as u32);
-                let number = exit::sysreg(op[0], op[1], op[2], op[3], op[4]);
-                assert_eq!(
-                    (access.register, usize::from(access.rt), access.read),
-                    (number, rt, read)
-                );
+                let Trap::Sysreg { rt, read, .. } = *trap else { panic!("{trap:x?}") };
+                assert_eq!(usize::from(target), if read { rt } else { 31 });
                 self.go_on(handle, idx);
             }
             Action::Hypercall => {
@@ -1031,10 +1026,10 @@ impl<'a> World<'a> {
 fn question(pending: Pending) -> Question {
     match pending {
         Pending::Nothing => Question::Nothing,
-        Pending::Load(a) => Question::Load(usize::from(a.rt), a.size, a.signed, a.wide),
-        Pending::Store => Question::Store,
-        Pending::SysregRead { rt } => Question::SysregRead(usize::from(rt)),
-        Pending::SysregWrite => Question::SysregWrite,
+        Pending::Mmio(a) if a.write => Question::Store,
+        Pending::Mmio(a) => Question::Load(usize::from(a.rt), a.size, a.signed, a.wide),
+        Pending::Sysreg(a) if a.read => Question::SysregRead(usize::from(a.rt)),
+        Pending::Sysreg(_) => Question::SysregWrite,
         Pending::Sgi => Question::Sgi,
         Pending::Hypercall => Question::Hypercall,
     }

@@ -10,7 +10,7 @@ use havmsi_abi::{PAGE_SIZE, layout};
 use havmsi_core::addr::Pa;
 use havmsi_core::launch::Boot;
 use havmsi_core::ram::Range;
-use havmsi_hal::sysreg::scr_el3;
+use havmsi_hal::sysreg;
 use havmsi_hal::{barrier, cache, phys};
 
 use crate::cpu::{self, PER_CPU, PerCpu, this_cpu};
@@ -59,7 +59,9 @@ global_asm!(
 
 unsafe extern "C" {
     static PENS: [Pen; MAX_CPUS + 1];
-    fn resume_current() -> !;
+    /// The way out: resumes the current frame, which [`PerCpu`] always has; nothing on
+    /// this stack is needed any more.
+    pub safe fn resume() -> !;
 }
 
 /// Called by entry.S on each CPU, with the MMU off.
@@ -72,10 +74,10 @@ extern "C" fn early(number: usize) {
 
 /// Called by entry.S on each CPU, with MMU and caches on.
 extern "C" fn start(number: usize) -> ! {
-    this_cpu().init(number);
+    this_cpu().resume_host_next();
     // SAFETY: the value keeps EL3 secure and gives lower levels the normal
     // world only.
-    unsafe { scr_el3::write(host::SCR) };
+    unsafe { sysreg::write_scr_el3(host::SCR) };
     barrier::isb();
     if number == 0 { first() } else { other() }
 }
@@ -128,12 +130,6 @@ fn other() -> ! {
     host::world().gic.init_cpu(number);
     psci::sleep(number);
     resume()
-}
-
-pub fn resume() -> ! {
-    // SAFETY: `init` set the current frame to the host's and `host::enter`
-    // filled it; nothing on this stack is needed any more.
-    unsafe { resume_current() }
 }
 
 fn pen(number: usize) -> &'static Pen {

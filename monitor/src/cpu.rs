@@ -4,7 +4,7 @@
 use core::cell::{Cell, UnsafeCell};
 use core::ptr;
 
-use havmsi_core::exit::{SysregAccess, write_register};
+use havmsi_core::exit::write_register;
 use havmsi_core::inject::spsr;
 use havmsi_core::launch::Boot;
 use havmsi_hal::sysreg::tpidr_el3;
@@ -36,12 +36,9 @@ impl Frame {
         self.x[..4].copy_from_slice(&boot.x);
     }
 
-    /// Answers a trapped access to a system register: a read gives `value`, a
-    /// write is ignored.
-    pub fn answer(&mut self, access: SysregAccess, value: u64) {
-        if access.read {
-            write_register(&mut self.x, access.rt, value);
-        }
+    /// Answers a trapped access: `value` goes to the register `rt`, 31 for none.
+    pub fn answer(&mut self, rt: u8, value: u64) {
+        write_register(&mut self.x, rt, value);
         self.step();
     }
 
@@ -57,7 +54,6 @@ impl Frame {
 pub struct PerCpu {
     frame: Cell<*mut Frame>,
     stack: Cell<usize>,
-    number: Cell<usize>,
     host: UnsafeCell<Frame>,
     local: UnsafeCell<Local>,
 }
@@ -75,7 +71,6 @@ pub static PER_CPU: [PerCpu; MAX_CPUS] = [const {
     PerCpu {
         frame: Cell::new(ptr::null_mut()),
         stack: Cell::new(0),
-        number: Cell::new(0),
         host: UnsafeCell::new(Frame::new()),
         local: UnsafeCell::new(Local::NEW),
     }
@@ -90,15 +85,9 @@ pub fn this_cpu() -> &'static PerCpu {
 }
 
 impl PerCpu {
-    /// Completes the record; `number` is the CPU's own.
-    pub fn init(&self, number: usize) {
-        self.number.set(number);
-        self.resume_host_next();
-    }
-
-    /// The CPU's number in the platform's table.
+    /// The CPU's number in the platform's table, as of this record.
     pub fn number(&self) -> usize {
-        self.number.get()
+        ptr::from_ref(self).addr().wrapping_sub(PER_CPU.as_ptr().addr()) / size_of::<Self>()
     }
 
     /// The host is what the way out of the monitor resumes.

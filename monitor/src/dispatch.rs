@@ -71,15 +71,10 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
         }
         Function::VmPopulate => with_vm(a1, |vm| vm.populate(world, a2, a3, &mut [0; 4096]))?,
         Function::VmActivate => {
-            let digest = with_vm(a1, |vm| vm.activate(world))?;
-            let [a, b, c, d] = words(&digest);
-            log!(
-                "VM {a1:#x} launched, digest {:016x}{:016x}{:016x}{:016x}",
-                a.to_be(),
-                b.to_be(),
-                c.to_be(),
-                d.to_be()
-            );
+            let digest = words(&with_vm(a1, |vm| vm.activate(world))?);
+            let [a, b, c, d] = digest.map(u64::to_be);
+            log!("VM {a1:#x} launched, digest {a:016x}{b:016x}{c:016x}{d:016x}");
+            let [a, b, c, d] = digest;
             return Ok([a, b, c, d, 0, 0]);
         }
         Function::TimerLoad => {
@@ -144,10 +139,8 @@ fn stats(world: &World) -> [u64; 6] {
     let (mut count, mut vcpus) = (0, 0);
     for (_, vm) in vms::all() {
         let vm = vm.lock();
-        if vm.exists() {
-            count += 1;
-            vcpus += vm.vcpu_count() as u64;
-        }
+        count += u64::from(vm.exists());
+        vcpus += vm.vcpu_count() as u64;
     }
     [count, vcpus, n(private), n(Owner::Table(VmSlot(0))), n(Owner::Host), n(shared)]
 }

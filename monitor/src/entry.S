@@ -86,9 +86,7 @@ park:
     dsb     sy
     ic      iallu
     dsb     sy
-    isb
-    ldr     x0, =home
-    br      x0
+    b       10f
 
     // The others say that they are here and wait until Rust lets them in. The
     // word is written by this CPU in this life, so what it holds afterwards is
@@ -105,7 +103,7 @@ secondary:
     cmp     x1, #{pen_go}
     b.ne    9b
     .endif
-    isb
+10: isb
     ldr     x0, =home
     br      x0
     .ltorg

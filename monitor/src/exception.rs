@@ -11,10 +11,10 @@ use havmsi_core::addr::{Ipa, low32};
 use havmsi_core::exit::{
     EC_SHIFT, FNV, FSC_PERMISSION, FSC_TYPE, Injection, S1PTW, SysregAccess, ec,
 };
-use havmsi_core::idreg::{self, World};
+use havmsi_core::idreg::World;
 use havmsi_core::inject::{self, spsr};
 use havmsi_hal::sysreg as reg;
-use havmsi_hal::{barrier, tlb};
+use havmsi_hal::{barrier, idreg, tlb};
 
 use crate::cpu::{Frame, this_cpu};
 use crate::run::{self, Cause};
@@ -37,13 +37,11 @@ pub extern "C" fn exception_from_lower(cause: Cause) -> ! {
             frame.spsr = reg::spsr_el2::read();
             from_host_el2(frame);
         });
+    } else if cause == Cause::Synchronous {
+        from_host();
     } else {
-        match cause {
-            Cause::Synchronous => from_host(),
-            Cause::Irq | Cause::Fiq => interrupt(),
-            // Not routed to EL3 while the host runs.
-            Cause::SError => {}
-        }
+        // SError is not routed to EL3 while the host runs.
+        interrupt();
     }
     boot::resume()
 }
@@ -67,9 +65,8 @@ fn from_host_el2(frame: &mut Frame) {
     let access = SysregAccess::decode(esr);
     match esr >> EC_SHIFT & 0x3f {
         ec::DATA_ABORT | ec::INSTRUCTION_ABORT => host_abort::handle(frame, esr),
-        ec::SYSREG if access.is_id() && access.read => id_read(frame, access, World::Host),
-        ec::SYSREG => match access.fixed() {
-            Some(value) => frame.answer(access, value),
+        ec::SYSREG => match access.fixed(World::Host, idreg::raw) {
+            Some(value) => frame.answer(access.target(), value),
             None => inject_undefined(frame),
         },
         _ => inject_undefined(frame),
@@ -91,7 +88,7 @@ fn from_host() {
     let function = low32(function);
     if function == Function::VcpuRun.id() {
         // If a guest is the current world now, the results come with its exit.
-        if let Err(error) = run::run(handle, idx) {
+        if let Err(error) = cpu.with_local(|local| run::run(local, handle, idx)) {
             let refused = [error.code().cast_unsigned(), 0];
             cpu.with_host(|frame| frame.x[..2].copy_from_slice(&refused));
         }
@@ -122,13 +119,6 @@ fn other_call(function: u32) {
     }
 }
 
-/// Answers a read of an identification register.
-pub fn id_read(frame: &mut Frame, access: SysregAccess, world: World) {
-    let (crm, op2) = access.crm_op2();
-    let value = idreg::visible(crm, op2, havmsi_hal::idreg::raw(crm, op2), world);
-    frame.answer(access, value);
-}
-
 /// The IPA of the stage-2 abort that `ESR_EL2` describes, with the offset in
 /// its page (a walk's is lost). `None` if stage 1 does not translate the address
 /// any more: then the access is tried again.
@@ -157,7 +147,7 @@ pub fn faulting_ipa(esr: u64) -> Option<Ipa> {
 /// stage 2 refused with this `ESR_EL2` and `FAR_EL2`.
 pub fn inject(frame: &mut Frame, what: Injection, (esr, far): (u64, u64)) {
     let syndrome = match what {
-        Injection::Undefined => inject::undefined(),
+        Injection::Undefined => inject::UNDEFINED,
         Injection::ExternalAbort => {
             reg::far_el1::write(far);
             inject::external_abort(esr, frame.spsr)

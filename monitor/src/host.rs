@@ -19,7 +19,7 @@ use havmsi_hal::smmu::Smmu;
 use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::Vgic;
 use havmsi_hal::world::{self, El1State};
-use havmsi_hal::{cache, phys, tlb};
+use havmsi_hal::{bits, cache, phys, tlb};
 use spin::Once;
 use spin::mutex::SpinMutex;
 
@@ -67,10 +67,7 @@ static RECORDS: [AtomicU16; MAX_PAGES] = [const { AtomicU16::new(0) }; _];
 
 /// What all CPUs share; built before the second one comes in.
 pub fn world() -> &'static World {
-    match WORLD.get() {
-        Some(world) => world,
-        None => panic!("used before it was built"),
-    }
+    WORLD.get().expect("used before it was built")
 }
 
 /// `smc #0`.
@@ -100,12 +97,10 @@ pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
     let devices = platform::host_devices(facts.cpus, gic.version());
     #[cfg(feature = "leave-out")]
     let devices = devices.chain(platform::hidden_devices(facts.cpus));
-    let Ok(map) = HostMap::new(&machine, facts.ram, reserved, devices) else {
-        panic!("the platform's RAM or devices can't be mapped");
-    };
-    let Some(pages) = Pages::new(facts.ram, &RECORDS) else {
-        panic!("more RAM than secure RAM can hold records for");
-    };
+    let map = HostMap::new(&machine, facts.ram, reserved, devices)
+        .expect("the platform's RAM or devices can't be mapped");
+    let pages =
+        Pages::new(facts.ram, &RECORDS).expect("more RAM than secure RAM can hold records for");
     for (i, bank) in facts.ram.banks().iter().enumerate() {
         let skip = if i == 0 { reserved } else { 0 };
         for at in (skip..bank.size).step_by(4096) {
@@ -122,68 +117,37 @@ pub fn build(facts: Facts, gic: Gic, mut smmu: Option<Smmu>) {
 /// at EL3 (SIF); limited ordering regions and error records trap (bits that a
 /// CPU without them ignores). All that later versions gate here stays off:
 /// pointer authentication, MTE, FGT, HCRX, TCR2, SCXTNUM and the rest trap.
-pub const SCR: u64 = {
-    const NS: u64 = 1;
-    const FIQ: u64 = 1 << 2;
-    const RES1: u64 = 0b11 << 4;
-    const SIF: u64 = 1 << 9;
-    const RW: u64 = 1 << 10;
-    const TLOR: u64 = 1 << 14;
-    const TERR: u64 = 1 << 15;
-    NS | FIQ | RES1 | SIF | RW | TLOR | TERR
-};
+pub const SCR: u64 = bits!(NS 0, FIQ 2, RES1 4, RES1 5, SIF 9, RW 10, TLOR 14, TERR 15);
 
 /// SCR_EL3 in a guest: all interrupts and external aborts come to EL3, and HVC
 /// goes to EL2.
-pub const SCR_GUEST: u64 = {
-    const IRQ: u64 = 1 << 1;
-    const EA: u64 = 1 << 3;
-    const HCE: u64 = 1 << 8;
-    SCR | IRQ | EA | HCE
-};
+pub const SCR_GUEST: u64 = SCR | bits!(IRQ 1, EA 3, HCE 8);
 
 /// HCR_EL2 in the host (D24.2.56): stage-2 on, set/way invalidation cleans too,
 /// ID registers, ACTLR and implementation-defined ones trap, EL1 is AArch64. A stage-1
 /// walk that hits a device faults (PTW): the monitor has the host's addresses
 /// translated (AT), and a device that answers with an error would abort EL3.
-pub const HCR: u64 = {
-    const VM: u64 = 1;
-    const SWIO: u64 = 1 << 1;
-    const PTW: u64 = 1 << 2;
-    const TID3: u64 = 1 << 18;
-    const TIDCP: u64 = 1 << 20;
-    const TACR: u64 = 1 << 21;
-    const RW: u64 = 1 << 31;
-    VM | SWIO | PTW | TID3 | TIDCP | TACR | RW
-};
+pub const HCR: u64 = bits!(VM 0, SWIO 1, PTW 2, TID3 18, TIDCP 20, TACR 21, RW 31);
 
 /// CPTR_EL3: trace (TTA) and activity monitors (TAM) trap; SVE and SME are off
 /// (EZ and ESM are 0).
-pub const CPTR_EL3: u64 = 1 << 30 | 1 << 20;
+pub const CPTR_EL3: u64 = bits!(TTA 20, TAM 30);
 
 /// CPTR_EL2: RES1 bits, among them those that trap SVE and SME; trace traps.
-const CPTR_EL2: u64 = 1 << 20 | 0x33ff;
+const CPTR_EL2: u64 = 0x33ff | bits!(TTA 20);
 
-/// MDCR_EL3: no secure debug (SPD32, SDD), no external access to the debug and
+/// MDCR_EL3: no secure debug (SPD32 is 0b10, SDD), no external access to the debug and
 /// PMU registers (EDAD, EPMAD), PMU and trace filters trap (TPM, TTRF). The
 /// buffers of SPE, TRBE and BRBE are the secure world's: their registers trap.
-const MDCR_EL3: u64 = {
-    const TPM: u64 = 1 << 6;
-    const SPD32: u64 = 0b10 << 14;
-    const SDD: u64 = 1 << 16;
-    const TTRF: u64 = 1 << 19;
-    const EDAD: u64 = 1 << 20;
-    const EPMAD: u64 = 1 << 21;
-    TPM | SPD32 | SDD | TTRF | EDAD | EPMAD
-};
+const MDCR_EL3: u64 = bits!(TPM 6, SPD32 15, SDD 16, TTRF 19, EDAD 20, EPMAD 21);
 
 /// MDCR_EL2: the PMU traps (TPM, TPMCR), and the OS lock and ROM address
 /// registers (TDOSA, TDRA); HPMN, which splits the counters that nobody gets, is
 /// not 0 (not allowed before FEAT_HPMN0).
-pub const MDCR_EL2: u64 = 1 << 11 | 1 << 10 | 1 << 6 | 1 << 5 | 1;
+pub const MDCR_EL2: u64 = bits!(HPMN 0, TPMCR 5, TPM 6, TDOSA 10, TDRA 11);
 
 /// CNTHCTL_EL2: EL1 may use the physical counter and timer.
-const CNTHCTL: u64 = 0b11;
+const CNTHCTL: u64 = bits!(EL1PCTEN 0, EL1PCEN 1);
 
 /// Puts what holds lower levels in, and is the same for the host and guests,
 /// into force on this CPU: whatever the registers held after power-off.
@@ -210,7 +174,7 @@ fn set_up_cpu() {
 pub fn enter_again(el1: &El1State) {
     let world = world();
     // SAFETY: lower levels get the normal world only, and EL3 stays secure.
-    unsafe { reg::scr_el3::write(SCR) };
+    unsafe { reg::write_scr_el3(SCR) };
     reg::mdcr_el2::write(MDCR_EL2);
     reg::cnthctl_el2::write(CNTHCTL);
     reg::vmpidr_el2::write(reg::mpidr_el1::read());

@@ -9,7 +9,7 @@ use spin::mutex::SpinMutex;
 
 use crate::platform;
 
-static CONSOLE: SpinMutex<Uart> = SpinMutex::new(platform::uart());
+static CONSOLE: SpinMutex<Uart> = SpinMutex::new(platform::UART);
 
 /// Prints a line on the monitor's console.
 #[macro_export]
@@ -31,6 +31,7 @@ pub fn line(text: fmt::Arguments<'_>) {
 /// Prints a line when the lock's holder may be gone.
 pub fn last_words(text: fmt::Arguments<'_>) {
     let held = CONSOLE.try_lock();
-    let _ = platform::uart().write_fmt(format_args!("havmsi: {text}\n"));
+    let mut uart = platform::UART;
+    let _ = uart.write_fmt(format_args!("havmsi: {text}\n"));
     drop(held);
 }

@@ -6,16 +6,13 @@
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use havmsi_abi::PAGE_SIZE;
 use havmsi_core::addr::index;
 use havmsi_core::ram::{MAX_BANKS, Ram};
-use havmsi_hal::tlb;
+use havmsi_core::stage2::{ENTRIES, LEVEL1_SIZE};
+use havmsi_hal::barrier;
 
 use crate::platform::{EL3_DEVICES, MAX_CPUS};
-
-const ENTRIES: usize = 512;
-const PAGE: u64 = 4096;
-/// Bytes that an entry of the root, at level 1, maps.
-const LEVEL1_SIZE: u64 = 1 << 30;
 
 #[repr(C, align(4096))]
 pub struct Table([AtomicU64; ENTRIES]);
@@ -28,7 +25,7 @@ impl Table {
     }
 
     fn descriptor(&self) -> u64 {
-        core::ptr::from_ref(self).addr() as u64 | TABLE
+        core::ptr::from_ref(self).addr() as u64 | TABLE_OR_PAGE
     }
 
     /// The table that entry `number` points to, a new one if it points nowhere.
@@ -54,8 +51,7 @@ pub static TABLES: [Table; 1 + 1 + EL3_DEVICES.len() + 2 * MAX_BANKS + 3] =
 /// Tables that are used.
 static USED: AtomicUsize = AtomicUsize::new(1);
 
-const TABLE: u64 = 3;
-const LEVEL3_PAGE: u64 = 3;
+const TABLE_OR_PAGE: u64 = 3;
 const BLOCK: u64 = 1;
 /// AF, and AP[1], which is RES1 at EL3.
 const COMMON: u64 = 1 << 10 | 1 << 6;
@@ -101,7 +97,7 @@ pub fn build_tables() {
     map(rodata, data, XN | NORMAL);
     for stack in (data..address(&raw const __image_end)).step_by(STACK_STRIDE) {
         // A stack's lowest page stays invalid.
-        map(stack + PAGE, stack + STACK_STRIDE as u64, XN | NORMAL);
+        map(stack + PAGE_SIZE, stack + STACK_STRIDE as u64, XN | NORMAL);
     }
     for window in EL3_DEVICES {
         map(window.base, window.base + window.size, DEVICE);
@@ -117,7 +113,7 @@ fn map(mut at: u64, end: u64, attributes: u64) {
             table = table.next(at / size);
             size /= ENTRIES as u64;
         }
-        let kind = if size == PAGE { LEVEL3_PAGE } else { BLOCK };
+        let kind = if size == PAGE_SIZE { TABLE_OR_PAGE } else { BLOCK };
         table.entry(at / size).store(at | attributes | kind, Ordering::Relaxed);
         at += size;
     }
@@ -128,7 +124,8 @@ pub fn map_ram(ram: &Ram) {
     for bank in ram.banks() {
         map(bank.base, bank.base + bank.size, XN | NON_SECURE | NORMAL);
     }
-    tlb::publish_el3_entries();
+    barrier::dsb_ishst();
+    barrier::isb();
 }
 
 const _: () = assert!(MAX_CPUS * STACK_STRIDE <= 1 << 20);

@@ -42,7 +42,8 @@ pub const fn is_virtual_cpu_interface(pa: u64, gic_version: u64) -> bool {
     gic_version == 2 && (pa == GICV || pa == GICV + 0x1000)
 }
 
-/// The number of the CPU with this affinity.
+/// The number of the CPU with this affinity: Aff3 in [39:32], Aff2 to Aff0 in [23:0], and
+/// no other bit.
 pub fn cpu_number(affinity: u64) -> Option<usize> {
     AFFINITIES.iter().position(|&a| a == affinity)
 }

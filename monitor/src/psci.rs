@@ -36,10 +36,9 @@ pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
             Ok(sleep(cpu))
         }
         (id::SYSTEM_OFF | id::SYSTEM_RESET, false) => {
-            let off = function == id::SYSTEM_OFF;
-            crate::log!("the host {} the machine", if off { "turns off" } else { "resets" });
-            let end = if off { platform::power_off } else { platform::reset };
-            end();
+            let reset = function == id::SYSTEM_RESET;
+            crate::log!("the host {} the machine", if reset { "resets" } else { "turns off" });
+            platform::end(reset);
             Err(Error::InternalFailure)
         }
         _ => return psci::discovery(function, low32(args[1])),
@@ -48,8 +47,9 @@ pub fn call(function: u32, args: &[u64; 8]) -> Option<u64> {
 }
 
 fn target(affinity: u64) -> Result<usize, Error> {
-    let cpu = psci::affinity(affinity).and_then(platform::cpu_number);
-    cpu.filter(|&cpu| cpu < host::world().facts.cpus).ok_or(Error::InvalidParameters)
+    platform::cpu_number(affinity)
+        .filter(|&cpu| cpu < host::world().facts.cpus)
+        .ok_or(Error::InvalidParameters)
 }
 
 fn cpu_on(args: &[u64; 8]) -> Result<u64, Error> {

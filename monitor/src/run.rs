@@ -13,10 +13,8 @@ use havmsi_abi::{
 use havmsi_core::addr::{Ipa, words};
 use havmsi_core::exit::{self, Action, Answer, Pending, Syndrome, ec};
 use havmsi_core::hypercall;
-use havmsi_core::idreg::World;
 use havmsi_core::inject::spsr;
 use havmsi_core::launch::{Boot, Config};
-use havmsi_core::page::VmSlot;
 use havmsi_core::vgic as policy;
 use havmsi_core::vm::{Vm, mpidr_affinity};
 use havmsi_hal::debug::DebugState;
@@ -24,7 +22,7 @@ use havmsi_hal::fpsimd::FpState;
 use havmsi_hal::sysreg as reg;
 use havmsi_hal::vgic::VgicState;
 use havmsi_hal::world::{self, El1State};
-use havmsi_hal::{barrier, phys, tlb};
+use havmsi_hal::{barrier, bits, idreg, phys, tlb};
 use spin::mutex::SpinMutex;
 
 use crate::cpu::{Frame, this_cpu};
@@ -33,14 +31,7 @@ use crate::{exception, host, vms};
 /// `HCR_EL2` of a guest (Arm ARM D24.2 "HCR_EL2"): as the host's, and virtual
 /// interrupts; TLB maintenance and barriers reach the inner
 /// shareable domain, for a vCPU may have moved.
-const HCR: u64 = {
-    const FMO: u64 = 1 << 3;
-    const IMO: u64 = 1 << 4;
-    const AMO: u64 = 1 << 5;
-    const FB: u64 = 1 << 9;
-    const BSU_IS: u64 = 1 << 10;
-    host::HCR | FMO | IMO | AMO | FB | BSU_IS
-};
+const HCR: u64 = host::HCR | bits!(FMO 3, IMO 4, AMO 5, FB 9, BSU_IS 10);
 const HCR_TWI: u64 = 1 << 13;
 const HCR_TWE: u64 = 1 << 14;
 
@@ -48,7 +39,7 @@ const HCR_TWE: u64 = 1 << 14;
 const MDCR_TDA: u64 = 1 << 9;
 /// `MDSCR_EL1`: MDE, KDE, SS. While none is set, breakpoints and watchpoints
 /// have no effect on EL1 and EL0 and need not be loaded.
-const MDSCR_ARMED: u64 = 1 << 15 | 1 << 13 | 1;
+const MDSCR_ARMED: u64 = bits!(SS 0, KDE 13, MDE 15);
 /// `CNTHCTL_EL2.EL1PCTEN`: the physical counter is open to a guest, the
 /// physical timer traps.
 const CNTHCTL: u64 = 1;
@@ -156,18 +147,8 @@ impl Current {
 /// # Errors
 /// Those of [`Vm::runnable`], [`exit::answer`] and the check of the list
 /// registers; then nothing has changed.
-pub fn run(handle: u64, idx: u64) -> Result<(), Error> {
+pub fn run(local: &mut Local, handle: u64, idx: u64) -> Result<(), Error> {
     let (slot, vm) = vms::by_handle(handle)?;
-    this_cpu().with_local(|local| enter(local, slot, vm, handle, idx))
-}
-
-fn enter(
-    local: &mut Local,
-    slot: VmSlot,
-    vm: &'static SpinMutex<Vm>,
-    handle: u64,
-    idx: u64,
-) -> Result<(), Error> {
     let mut locked = vm.lock();
     locked.check_handle(handle)?;
     let run = locked.runnable(idx)?;
@@ -218,12 +199,12 @@ fn enter(
     let mut injection = None;
     match answer {
         Answer::Nothing => {}
-        Answer::Set { rt, value } => exit::write_register(&mut context.frame.x, rt, value),
-        Answer::Results(results) => context.frame.x[..4].copy_from_slice(&results),
+        Answer::Set { rt, value } => context.frame.answer(rt, value),
+        Answer::Results(results) => {
+            context.frame.x[..4].copy_from_slice(&results);
+            context.frame.step();
+        }
         Answer::Inject(what) => injection = Some(what),
-    }
-    if matches!(answer, Answer::Set { .. } | Answer::Results(_)) {
-        context.frame.step();
     }
 
     local.host.save();
@@ -234,7 +215,7 @@ fn enter(
     havmsi_core::left_out!(CounterOffset => reg::cntvoff_el2::write(cntvoff));
     reg::vmpidr_el2::write(MPIDR_RES1 | mpidr_affinity(idx));
     // SAFETY: still non-secure below; only what is routed to EL3 differs.
-    unsafe { reg::scr_el3::write(host::SCR_GUEST) };
+    unsafe { reg::write_scr_el3(host::SCR_GUEST) };
     if run.config.gic != 0 {
         let hcr = entry.ich_hcr & policy::HCR_ALLOWED;
         world.vgic.load(&context.vgic, hcr, entry.lr.get(..used_lrs).unwrap_or(&entry.lr));
@@ -245,7 +226,7 @@ fn enter(
     if world.ras {
         reg::vdisr_el2::write(0);
     }
-    let trap = |flag, bit| if entry.flags.has(flag) { bit } else { 0 };
+    let trap = |flag, bit| if entry.flags.0 & flag != 0 { bit } else { 0 };
     let hcr = HCR | trap(EntryFlags::TRAP_WFI, HCR_TWI) | trap(EntryFlags::TRAP_WFE, HCR_TWE);
     world::switch_to(&context.el1, run.vttbr, hcr);
     if let Some(what) = injection {
@@ -294,21 +275,17 @@ fn host_call_of_guest(frame: &mut Frame) -> bool {
 pub enum Cause {
     /// A synchronous exception.
     Synchronous = 0,
-    /// IRQ.
-    Irq = 1,
-    /// FIQ.
-    Fiq = 2,
+    /// IRQ or FIQ.
+    Interrupt = 1,
     /// SError.
-    SError = 3,
+    SError = 2,
 }
 
 /// The current guest came to EL3: handles it, and either leaves the guest the
 /// current world or makes the host that.
 pub fn guest_exit(cause: Cause) {
     this_cpu().with_local(|local| {
-        let Some(current) = &mut local.current else {
-            panic!("a guest without a vCPU");
-        };
+        let current = local.current.as_mut().expect("a guest without a vCPU");
         let frame = &mut current.context.frame;
         let exit = if frame.spsr & spsr::MODE == spsr::EL2H {
             // Through EL2's vector, or interrupted on the way from there to its
@@ -320,7 +297,7 @@ pub fn guest_exit(cause: Cause) {
         } else {
             match cause {
                 Cause::Synchronous => decide(current, reg::esr_el3::read(), false),
-                Cause::Irq | Cause::Fiq => Some(Exit::default()),
+                Cause::Interrupt => Some(Exit::default()),
                 Cause::SError => Some(Exit { class: ExitClass::SError, ..Exit::default() }),
             }
         };
@@ -329,7 +306,7 @@ pub fn guest_exit(cause: Cause) {
             local.current = None;
         }
     });
-    if matches!(cause, Cause::Irq | Cause::Fiq) {
+    if cause == Cause::Interrupt {
         // Perhaps the monitor's own; the host's are still pending.
         exception::interrupt();
     }
@@ -356,7 +333,7 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
     let (vm, idx) = (current.vm, current.idx);
     let place = |ipa| vm.lock().ram_or_device(ipa);
     let config = current.config;
-    let action = exit::decide(&syndrome, &current.context.frame.x, &config, place);
+    let action = exit::decide(&syndrome, &current.context.frame.x, &config, place, idreg::raw);
     let debug_loaded = current.debug_loaded;
     let context = &mut *current.context;
     match action {
@@ -391,11 +368,10 @@ fn decide(current: &mut Current, esr: u64, through_el2: bool) -> Option<Exit> {
                 }
             }
         }
-        Action::IdRead(access) => exception::id_read(&mut context.frame, access, World::Guest),
         // Tried again, with the vCPU's own registers.
         Action::Debug(_) if !debug_loaded => current.load_debug(),
-        Action::Debug(access) => context.frame.answer(access, 0),
-        Action::Fixed { access, value } => context.frame.answer(access, value),
+        Action::Debug(rt) => context.frame.answer(rt, 0),
+        Action::Fixed { rt, value } => context.frame.answer(rt, value),
         Action::Skip => context.frame.step(),
         Action::Inject(what) => {
             let far = if through_el2 { reg::far_el2::read() } else { reg::far_el3::read() };

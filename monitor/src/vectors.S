@@ -19,21 +19,16 @@
     b       broken
     .endm
 
-    // x4 to x29 of the frame in x1.
+    // Registers of the frame in x1, two at a time.
+    .macro  pairs, op, first, second, others:vararg
+    \op     x\first, x\second, [x1, #8 * \first]
+    .ifnb   \others
+    pairs   \op, \others
+    .endif
+    .endm
+
     .macro  general, op
-    \op     x4, x5, [x1, #32]
-    \op     x6, x7, [x1, #48]
-    \op     x8, x9, [x1, #64]
-    \op     x10, x11, [x1, #80]
-    \op     x12, x13, [x1, #96]
-    \op     x14, x15, [x1, #112]
-    \op     x16, x17, [x1, #128]
-    \op     x18, x19, [x1, #144]
-    \op     x20, x21, [x1, #160]
-    \op     x22, x23, [x1, #176]
-    \op     x24, x25, [x1, #192]
-    \op     x26, x27, [x1, #208]
-    \op     x28, x29, [x1, #224]
+    pairs   \op, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29
     .endm
 
     .text
@@ -43,8 +38,9 @@ vectors_el3:
     .irp    kind, 0, 1, 2, 3, 0, 1, 2, 3
     own     \kind                       // with SP_EL0 (not used), with SP_EL3
     .endr
-    // Synchronous, IRQ, FIQ, SError; again for an AArch32 EL2, which is not reached.
-    .irp    kind, 0, 1, 2, 3, 0, 1, 2, 3
+    // Synchronous, IRQ, FIQ, SError (`Cause`); again for an AArch32 EL2, which is
+    // not reached.
+    .irp    kind, 0, 1, 1, 2, 0, 1, 1, 2
     lower   \kind
     .endr
 
@@ -64,8 +60,8 @@ save:
     b       {from_lower}
 
     // The way into a world: the stack is empty again.
-    .global resume_current
-resume_current:
+    .global resume
+resume:
     mrs     x0, tpidr_el3
     ldr     x1, [x0, #{per_cpu_stack}]
     mov     sp, x1

@@ -32,11 +32,6 @@ impl EntryFlags {
     pub const ANSWERS: u64 = Self::COMPLETE | Self::INJECT_SEA | Self::INJECT_UNDEF;
     /// All bits that mean something.
     pub const ALL: u64 = Self::ANSWERS | Self::TRAP_WFI | Self::TRAP_WFE;
-
-    /// Whether all bits of `mask` are set.
-    pub const fn has(self, mask: u64) -> bool {
-        self.0 & mask == mask
-    }
 }
 
 /// What the host gives for one run of a vCPU.

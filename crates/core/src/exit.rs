@@ -6,6 +6,7 @@
 use havmsi_abi::{Entry, EntryFlags, Error, Exit, ExitClass};
 
 use crate::addr::{Ipa, low32};
+use crate::idreg::{self, World};
 use crate::launch::Config;
 use crate::psci::id;
 use crate::vgic::Sgi;
@@ -83,6 +84,9 @@ pub const fn sysreg(op0: u32, op1: u32, crn: u32, crm: u32, op2: u32) -> u32 {
 /// System registers that the policy names.
 mod reg {
     use super::sysreg;
+    /// The ID registers that HCR_EL2.TID3 traps, from the first to the last.
+    pub const ID_FIRST: u32 = sysreg(3, 0, 0, 1, 0);
+    pub const ID_LAST: u32 = sysreg(3, 0, 0, 7, 7);
     pub const MDRAR_EL1: u32 = sysreg(2, 0, 1, 0, 0);
     pub const OSLAR_EL1: u32 = sysreg(2, 0, 1, 0, 4);
     pub const OSLSR_EL1: u32 = sysreg(2, 0, 1, 1, 4);
@@ -101,9 +105,15 @@ mod reg {
 impl SysregAccess {
     /// What a read gives of a register that no world has for itself; a write is
     /// ignored. The OS lock is open (another one's would keep breakpoints from acting),
-    /// GICv3's system registers are on, ACTLR_EL1 holds nothing.
-    pub const fn fixed(&self) -> Option<u64> {
+    /// GICv3's system registers are on, ACTLR_EL1 holds nothing. ID registers can only be
+    /// read: `raw` gives what the CPU has there, by CRm and op2.
+    pub fn fixed(&self, world: World, raw: impl FnOnce(u8, u8) -> u64) -> Option<u64> {
         match self.register {
+            reg::ID_FIRST..=reg::ID_LAST if self.read => {
+                let [low, ..] = self.register.to_le_bytes();
+                let (crm, op2) = (low >> 3 & 15, low & 7);
+                Some(idreg::visible(crm, op2, raw(crm, op2), world))
+            }
             reg::ICC_SRE_EL1 => Some(ICC_SRE),
             reg::OSLSR_EL1 => Some(OSLSR),
             reg::ACTLR_EL1 | reg::OSDLR_EL1 | reg::OSLAR_EL1 => Some(0),
@@ -122,22 +132,9 @@ impl SysregAccess {
         }
     }
 
-    /// The `op0` field: 2 is the debug and trace space.
-    pub const fn op0(&self) -> u32 {
-        self.register >> 14
-    }
-
-    /// The `CRm` and `op2` fields.
-    pub const fn crm_op2(&self) -> (u8, u8) {
-        let [low, ..] = self.register.to_le_bytes();
-        (low >> 3 & 15, low & 7)
-    }
-
-    /// Whether it is in the space of the ID registers that HCR_EL2.TID3 traps:
-    /// `op0 = 3, op1 = 0, CRn = 0, CRm = 1..=7`.
-    pub const fn is_id(&self) -> bool {
-        let crm = self.register >> 3 & 15;
-        self.register >> 7 == sysreg(3, 0, 0, 0, 0) >> 7 && crm >= 1 && crm <= 7
+    /// The general register that its value goes to: that of a read, 31 of a write.
+    pub const fn target(&self) -> u8 {
+        if self.read { self.rt } else { 31 }
     }
 }
 
@@ -214,17 +211,10 @@ pub enum Pending {
     /// Nothing.
     #[default]
     Nothing,
-    /// A load's data, or an external abort.
-    Load(Access),
-    /// That a store is done, or an external abort.
-    Store,
-    /// A system register's value, or an undefined instruction.
-    SysregRead {
-        /// The general register.
-        rt: u8,
-    },
-    /// That a system register is written, or an undefined instruction.
-    SysregWrite,
+    /// A load's data, that a store is done, or an external abort.
+    Mmio(Access),
+    /// A system register's value, that it is written, or an undefined instruction.
+    Sysreg(SysregAccess),
     /// A hypercall's results.
     Hypercall,
     /// That an SGI is sent: the guest does not wait for it.
@@ -257,16 +247,14 @@ pub enum Action {
     Sgi(Exit, Sgi),
     /// HVC or SMC: see [`crate::vm`].
     Hypercall,
-    /// Answer a read of an ID register, then step.
-    IdRead(SysregAccess),
     /// Give the guest its debug registers and let it try again; of one that traps
-    /// even so, a read gives 0 and a write is ignored.
-    Debug(SysregAccess),
-    /// A read gives this value, a write is ignored; then step.
+    /// even so, set this general register to 0 and step.
+    Debug(u8),
+    /// Set a general register, 31 for none, then step.
     Fixed {
-        /// The access.
-        access: SysregAccess,
-        /// What a read gives.
+        /// The general register.
+        rt: u8,
+        /// Its value.
         value: u64,
     },
     /// Step over the instruction.
@@ -304,7 +292,8 @@ const OSLSR: u64 = 1 << 3;
 /// Decides about a synchronous exit.
 ///
 /// `x` are the guest's general registers, `place` says whether the page at an IPA is
-/// RAM or a device's, or neither ([`crate::vm::Vm::ram_or_device`]).
+/// RAM or a device's, or neither ([`crate::vm::Vm::ram_or_device`]), `raw` what an ID
+/// register of the CPU holds.
 #[must_use]
 #[inline]
 pub fn decide(
@@ -312,6 +301,7 @@ pub fn decide(
     x: &[u64; 31],
     config: &Config,
     place: impl FnOnce(Ipa) -> Option<bool>,
+    raw: impl FnOnce(u8, u8) -> u64,
 ) -> Action {
     let base = Exit { mode: u64::from(s.privileged), ..Exit::default() };
     match s.ec() {
@@ -321,18 +311,21 @@ pub fn decide(
             Action::Exit { exit, pending: Pending::Nothing, step: true }
         }
         ec::HVC64 | ec::SMC64 if s.privileged => Action::Hypercall,
-        ec::SYSREG => decide_sysreg(s, x, config, base),
+        ec::SYSREG => decide_sysreg(s, x, config, raw, base),
         ec::DATA_ABORT | ec::INSTRUCTION_ABORT => decide_abort(s, x, config, place, base),
         // A feature that the guest was not offered.
         _ => Action::Inject(Injection::Undefined),
     }
 }
 
-fn decide_sysreg(s: &Syndrome, x: &[u64; 31], config: &Config, base: Exit) -> Action {
+fn decide_sysreg(
+    s: &Syndrome,
+    x: &[u64; 31],
+    config: &Config,
+    raw: impl FnOnce(u8, u8) -> u64,
+    base: Exit,
+) -> Action {
     let access = SysregAccess::decode(s.esr);
-    if access.is_id() && access.read {
-        return Action::IdRead(access);
-    }
     let esr = s.esr & SYSREG_ESR;
     let data = read_register(x, access.rt);
     let write = Exit { class: ExitClass::SysregWrite, esr, data, ..base };
@@ -342,16 +335,15 @@ fn decide_sysreg(s: &Syndrome, x: &[u64; 31], config: &Config, base: Exit) -> Ac
         {
             Action::Sgi(write, Sgi::by_register(s.idx, data))
         }
-        reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 if access.read => {
-            let exit = Exit { class: ExitClass::SysregRead, esr, ..base };
-            Action::Exit { exit, pending: Pending::SysregRead { rt: access.rt }, step: false }
-        }
         reg::CNTP_TVAL_EL0 | reg::CNTP_CTL_EL0 | reg::CNTP_CVAL_EL0 => {
-            Action::Exit { exit: write, pending: Pending::SysregWrite, step: false }
+            let read = Exit { class: ExitClass::SysregRead, esr, ..base };
+            let exit = if access.read { read } else { write };
+            Action::Exit { exit, pending: Pending::Sysreg(access), step: false }
         }
-        _ => match access.fixed() {
-            Some(value) => Action::Fixed { access, value },
-            None if access.op0() == 2 => Action::Debug(access),
+        _ => match access.fixed(World::Guest, raw) {
+            Some(value) => Action::Fixed { rt: access.target(), value },
+            // op0 = 2: the debug and trace space.
+            None if access.register >> 14 == 2 => Action::Debug(access.target()),
             None => Action::Inject(Injection::Undefined),
         },
     }
@@ -388,18 +380,16 @@ fn decide_abort(
     let Some(access) = Access::decode(s.esr) else {
         return abort;
     };
-    let exit = Exit { esr: s.esr & MMIO_ESR, ipa: s.ipa.0, ..base };
-    if access.write {
-        let data = access.stored(read_register(x, access.rt));
-        let exit = Exit { class: ExitClass::MmioWrite, data, ..exit };
-        if config.gic == 2 && access.size == 4 && s.ipa.0 & 0xfff == GICD_SGIR {
-            return Action::Sgi(exit, Sgi::by_distributor(s.idx, data));
-        }
-        Action::Exit { exit, pending: Pending::Store, step: false }
+    let (class, data) = if access.write {
+        (ExitClass::MmioWrite, access.stored(read_register(x, access.rt)))
     } else {
-        let exit = Exit { class: ExitClass::MmioRead, ..exit };
-        Action::Exit { exit, pending: Pending::Load(access), step: false }
+        (ExitClass::MmioRead, 0)
+    };
+    let exit = Exit { class, esr: s.esr & MMIO_ESR, ipa: s.ipa.0, data, ..base };
+    if access.write && config.gic == 2 && access.size == 4 && s.ipa.0 & 0xfff == GICD_SGIR {
+        return Action::Sgi(exit, Sgi::by_distributor(s.idx, data));
     }
+    Action::Exit { exit, pending: Pending::Mmio(access), step: false }
 }
 
 /// The exit of an access from EL1 to a page of RAM that is not mapped.
@@ -459,21 +449,19 @@ pub fn answer(pending: &Pending, entry: &Entry) -> Result<Answer, Error> {
     let abort = Injection::ExternalAbort;
     match (flags & EntryFlags::ANSWERS, pending) {
         (0, _) => Ok(Answer::Nothing),
-        (EntryFlags::COMPLETE, Pending::Load(access)) => {
+        (EntryFlags::COMPLETE, Pending::Mmio(Access { write: true, .. })) => {
+            Ok(Answer::Set { rt: 31, value: 0 })
+        }
+        (EntryFlags::COMPLETE, Pending::Mmio(access)) => {
             Ok(Answer::Set { rt: access.rt, value: access.loaded(entry.data) })
         }
-        (EntryFlags::COMPLETE, Pending::SysregRead { rt }) => {
-            Ok(Answer::Set { rt: *rt, value: entry.data })
-        }
-        (EntryFlags::COMPLETE, Pending::Store | Pending::SysregWrite) => {
-            Ok(Answer::Set { rt: 31, value: 0 })
+        (EntryFlags::COMPLETE, Pending::Sysreg(access)) => {
+            Ok(Answer::Set { rt: access.target(), value: entry.data })
         }
         (EntryFlags::COMPLETE, Pending::Sgi) => Ok(Answer::Nothing),
         (EntryFlags::COMPLETE, Pending::Hypercall) => Ok(Answer::Results(entry.gpr)),
-        (EntryFlags::INJECT_SEA, Pending::Load(_) | Pending::Store) => Ok(Answer::Inject(abort)),
-        (EntryFlags::INJECT_UNDEF, Pending::SysregRead { .. } | Pending::SysregWrite) => {
-            Ok(Answer::Inject(Injection::Undefined))
-        }
+        (EntryFlags::INJECT_SEA, Pending::Mmio(_)) => Ok(Answer::Inject(abort)),
+        (EntryFlags::INJECT_UNDEF, Pending::Sysreg(_)) => Ok(Answer::Inject(Injection::Undefined)),
         #[cfg(feature = "leave-out")]
         (EntryFlags::COMPLETE, _) if left_out!(Answer) => Ok(Answer::Set { rt: 31, value: 0 }),
         #[cfg(feature = "leave-out")]

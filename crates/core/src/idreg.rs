@@ -51,36 +51,32 @@ const DFR0_32: u64 = 0x0000_0000_00f0_0099;
 /// What `world` reads in the register with this CRm and op2, which holds `raw`.
 #[must_use]
 pub fn visible(crm: u8, op2: u8, raw: u64, world: World) -> u64 {
-    match (crm, op2) {
-        (4, 0) => {
-            let value = keep(PFR0, raw);
-            // A VM's EL0 is AArch64 only: its AArch32 state would not be switched.
-            if world == World::Guest { value & !0xf | 1 } else { value }
-        }
-        (4, 1) => keep(PFR1, raw),
-        (5, 0) => keep(DFR0, raw),
-        (6, 0) => keep(ISAR0, raw),
-        (6, 1) => keep(ISAR1, raw),
-        (6, 2) => keep(ISAR2, raw),
-        (7, 0) => keep(MMFR0, raw),
-        (7, 1) => keep(MMFR1, raw),
-        (7, 2) => keep(MMFR2, raw),
+    let largest = match (crm, op2) {
+        // A VM's EL0 is AArch64 only: its AArch32 state would not be switched.
+        (4, 0) if world == World::Guest => PFR0 & !0xf | 1,
+        (4, 0) => PFR0,
+        (4, 1) => PFR1,
+        (5, 0) => DFR0,
+        (6, 0) => ISAR0,
+        (6, 1) => ISAR1,
+        (6, 2) => ISAR2,
+        (7, 0) => MMFR0,
+        (7, 1) => MMFR1,
+        (7, 2) => MMFR2,
         // AArch32 is the host's EL0 only.
         _ if world == World::Guest => 0,
-        (1, 0) => keep(PFR0_32, raw),
-        (1, 2) => keep(DFR0_32, raw),
+        (1, 0) => PFR0_32,
+        (1, 2) => DFR0_32,
         // ID_PFR1, MMFR0 to 3, ISAR0 to 5, MMFR4, ISAR6, MVFR0 to 2.
-        (1, 1 | 4..=7) | (2, 0..=7) | (3, 0..=2) => raw,
+        (1, 1 | 4..=7) | (2, 0..=7) | (3, 0..=2) => u64::MAX,
         _ => 0,
-    }
-}
-
-fn keep(largest: u64, raw: u64) -> u64 {
+    };
     (0..64).step_by(4).fold(0, |value, shift| {
-        let (field, largest) = (raw >> shift & 15, largest >> shift & 15);
+        let all = 15 << shift;
+        let (field, largest) = (raw & all, largest & all);
         // Where 15 says "not implemented" (FP, AdvSIMD, TGran, DoubleLock...), it stays.
-        let shown = if field == 15 && largest != 0 { field } else { field.min(largest) };
-        value | shown << shift
+        let shown = if field == all && largest != 0 { field } else { field.min(largest) };
+        value | shown
     })
 }
 

@@ -71,9 +71,7 @@ pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> Entry {
 }
 
 /// `ESR_EL1` of an undefined instruction.
-pub const fn undefined() -> u64 {
-    IL
-}
+pub const UNDEFINED: u64 = IL;
 
 /// `ESR_EL1` of a synchronous external abort, for a stage-2 abort with this
 /// `ESR_EL2`, taken in `pstate`. `FAR_EL1` is valid.
@@ -115,7 +113,7 @@ mod tests {
         let kept = 0xf << 28 | 1 << 24 | 1 << 22;
         assert_eq!(synchronous(!0x1f, span, VBAR).pstate, 0x3c5 | kept);
         assert_eq!(spsr::STEP, 1 << 21 | 1 << 11 | 1 << 10);
-        assert_eq!(undefined(), 1 << 25);
+        assert_eq!(UNDEFINED, 1 << 25);
     }
 
     #[test]

@@ -139,12 +139,6 @@ const fn features(function: u32) -> u64 {
     }
 }
 
-/// The affinity fields that CPU_ON and AFFINITY_INFO name a CPU by: Aff3 in
-/// [39:32], Aff2 to Aff0 in [23:0]; all else must be zero (DEN 0022F 5.1.4).
-pub const fn affinity(target: u64) -> Option<u64> {
-    if target & !AFFINITY_MASK == 0 { Some(target) } else { None }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,12 +180,5 @@ mod tests {
         for (error, code) in codes {
             assert_eq!(error.code(), code.cast_unsigned());
         }
-    }
-
-    #[test]
-    fn an_affinity_has_no_other_bits() {
-        assert_eq!(affinity(0x1_0000_0203), Some(0x1_0000_0203));
-        assert_eq!(affinity(0x8000_0000), None);
-        assert_eq!(affinity(1 << 40), None);
     }
 }

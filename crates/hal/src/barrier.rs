@@ -23,12 +23,8 @@ barriers! {
     dsb_ish = "dsb ish";
     /// Earlier stores are complete, for the inner shareable domain.
     dsb_ishst = "dsb ishst";
-    /// As [`dsb_sy`] for this CPU.
-    dsb_nsh = "dsb nsh";
     /// Waits for an interrupt, masked or not.
     wfi = "dsb sy\nwfi";
-    /// Waits for an event.
-    wfe = "wfe";
     /// Wakes all CPUs that wait for an event.
     sev = "dsb sy\nsev";
 }

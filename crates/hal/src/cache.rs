@@ -4,20 +4,14 @@
 use core::arch::asm;
 
 use crate::barrier;
-
-/// Smallest data cache line of the CPU in bytes (`CTR_EL0.DminLine`).
-fn line_size() -> usize {
-    let ctr: usize;
-    // SAFETY: reading CTR_EL0 has no side effect.
-    unsafe { asm!("mrs {}, ctr_el0", out(reg) ctr, options(nomem, nostack, preserves_flags)) }
-    4 << ((ctr >> 16) & 15)
-}
+use crate::sysreg::{ctr_el0, dczid_el0};
 
 /// Cleans and invalidates to the point of coherency what all caches hold of
 /// `size` bytes at the virtual address `at`: a reader or writer with caches
 /// off, or one with other attributes, sees memory as it is.
 pub fn clean_invalidate(at: usize, size: usize) {
-    let line = line_size();
+    // The smallest data cache line of the CPU (DminLine).
+    let line = 4 << (ctr_el0::read() >> 16 & 15);
     // Two a turn, of which the last may be one too many.
     for even in (at & !(line - 1)..at + size).step_by(2 * line) {
         for address in [even, even.wrapping_add(line)] {
@@ -35,10 +29,7 @@ pub fn clean_invalidate(at: usize, size: usize) {
 /// The page at the virtual address `at` must be normal memory (DC ZVA faults on a
 /// device's) that no Rust object lies in.
 pub unsafe fn zero_page(at: usize) {
-    let dczid: usize;
-    // SAFETY: reading DCZID_EL0 has no side effect.
-    unsafe { asm!("mrs {}, dczid_el0", out(reg) dczid, options(nomem, nostack, preserves_flags)) }
-    let block = 4 << (dczid & 15);
+    let block = 4 << (dczid_el0::read() & 15);
     for even in (at..at + 4096).step_by(2 * block) {
         for address in [even, even.wrapping_add(block)] {
             // SAFETY: passed on to the caller.

@@ -2,6 +2,8 @@
 //! Parts of Arm's Juno: its control processor, entropy source, coherent
 //! interconnect and system counter. Never run: nobody here has the board.
 
+use core::arch::asm;
+
 use crate::barrier;
 use crate::mmio::Registers;
 
@@ -33,22 +35,13 @@ pub enum System {
 
 /// The system control processor, by SCPI over the secure channel.
 pub struct Scp {
-    mhu: Registers,
-    sram: Registers,
+    /// The message handling unit.
+    pub mhu: Registers,
+    /// The secure SRAM.
+    pub sram: Registers,
 }
 
 impl Scp {
-    /// The message handling unit at `mhu` and the secure SRAM at `sram`.
-    ///
-    /// # Safety
-    /// EL3 must map 4 KiB at each as device memory, and they must be there.
-    pub const unsafe fn new(mhu: usize, sram: usize) -> Self {
-        // SAFETY: passed on to the caller.
-        let mhu = unsafe { Registers::new(mhu, 0x1000) };
-        // SAFETY: passed on to the caller.
-        Self { mhu, sram: unsafe { Registers::new(sram, 0x1000) } }
-    }
-
     /// Header: command [6:0], bytes of payload [24:16]; a word of status; payload.
     fn send(&self, command: u32, size: u32, payload: u32) {
         while self.mhu.read32(TO_SCP_STAT) & SLOT != 0 {}
@@ -89,18 +82,9 @@ const TRNG_CONTROL: usize = 0x1c;
 const TRNG_PATIENCE: u32 = 1 << 20;
 
 /// The entropy source.
-pub struct Trng(Registers);
+pub struct Trng(pub Registers);
 
 impl Trng {
-    /// The entropy source at `base`.
-    ///
-    /// # Safety
-    /// EL3 must map 4 KiB at `base` as device memory, and it must be there.
-    pub const unsafe fn new(base: usize) -> Self {
-        // SAFETY: passed on to the caller.
-        Self(unsafe { Registers::new(base, 0x1000) })
-    }
-
     fn draw(&self) -> Option<[u32; 4]> {
         self.0.write32(TRNG_CONTROL, 1);
         (0..TRNG_PATIENCE).find(|_| self.0.read32(TRNG_STATUS) & 1 != 0)?;
@@ -125,19 +109,9 @@ impl Trng {
 const CCI_STATUS: usize = 0xc;
 
 /// The coherent interconnect, CCI-400 (DDI 0470).
-pub struct Cci(Registers);
+pub struct Cci(pub Registers);
 
 impl Cci {
-    /// The interconnect at `base`.
-    ///
-    /// # Safety
-    /// `base` must be the address of 64 KiB of a CCI-400's registers, which EL3
-    /// reaches as device memory.
-    pub const unsafe fn new(base: usize) -> Self {
-        // SAFETY: passed on to the caller.
-        Self(unsafe { Registers::new(base, 0x1_0000) })
-    }
-
     /// Lets the cluster at the slave interface `port` take part in coherency:
     /// snoops, and TLB maintenance of others.
     pub fn join(&self, port: usize) {
@@ -147,18 +121,9 @@ impl Cci {
 }
 
 /// The system counter's control frame (Arm ARM I5.7).
-pub struct Counter(Registers);
+pub struct Counter(pub Registers);
 
 impl Counter {
-    /// The frame at `base`.
-    ///
-    /// # Safety
-    /// EL3 must map 4 KiB at `base` as device memory, and it must be there.
-    pub const unsafe fn new(base: usize) -> Self {
-        // SAFETY: passed on to the caller.
-        Self(unsafe { Registers::new(base, 0x1000) })
-    }
-
     /// Starts it: CNTCR.EN, first entry of its table of frequencies.
     pub fn start(&self) {
         self.0.write32(0, 1 << 8 | 1);
@@ -172,14 +137,26 @@ const UART_CR: usize = 0x30;
 /// 8 bits, FIFOs on.
 const LCR_H_8N1: u32 = 0b11 << 5 | 1 << 4;
 
-/// Sets the line of the UART (PL011) at `base`, which is off from then on. `divisor`
-/// is that of its clock, in 64ths.
+/// `L2CTLR_EL1` of a Cortex-A57 or A72.
+pub fn l2ctlr_el1() -> u64 {
+    let value: u64;
+    // SAFETY: reading it has no side effect.
+    unsafe { asm!("mrs {}, s3_1_c11_c0_2", out(reg) value, options(nomem, nostack)) }
+    value
+}
+
+/// Changes `L2CTLR_EL1`.
 ///
 /// # Safety
-/// EL3 must map 4 KiB at `base` as device memory, and a PL011 must be there.
-pub unsafe fn set_line(base: usize, divisor: u32) {
+/// The L2's RAMs must be fast enough for `value`.
+pub unsafe fn set_l2ctlr_el1(value: u64) {
     // SAFETY: passed on to the caller.
-    let uart = unsafe { Registers::new(base, 0x1000) };
+    unsafe { asm!("msr s3_1_c11_c0_2, {}", "isb", in(reg) value, options(nostack)) }
+}
+
+/// Sets the line of a UART (PL011), which is off from then on. `divisor` is that of
+/// its clock, in 64ths.
+pub fn set_line(uart: Registers, divisor: u32) {
     uart.write32(UART_CR, 0);
     uart.write32(UART_IBRD, divisor >> 6);
     uart.write32(UART_FBRD, divisor & 63);

@@ -3,7 +3,8 @@
 
 use core::arch::asm;
 
-use crate::sysreg::id_aa64dfr0_el1;
+use crate::barrier::isb;
+use crate::sysreg::{dbgclaimclr_el1, dbgclaimset_el1, id_aa64dfr0_el1};
 
 /// `DBGBVR<n>`, `DBGBCR<n>`, `DBGWVR<n>`, `DBGWCR<n>` of the world that does not
 /// have them in the CPU, and its claim tags.
@@ -52,14 +53,12 @@ impl DebugState {
     /// Exchanges these values and the CPU's; effective after a context synchronisation.
     pub fn swap(&mut self) {
         swap_all! { self; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 }
-        let old: u64;
-        // SAFETY: tags that mean nothing to the CPU; one register reads and clears
-        // them, the other sets them.
-        unsafe {
-            asm!("mrs {old}, dbgclaimclr_el1", "msr dbgclaimclr_el1, {old}", "isb",
-                 "msr dbgclaimset_el1, {new}",
-                 old = out(reg) old, new = in(reg) self.claim, options(nostack, preserves_flags));
-        }
+        // Tags that mean nothing to the CPU: one register reads and clears them, the
+        // other sets them.
+        let old = dbgclaimclr_el1::read();
+        dbgclaimclr_el1::write(old);
+        isb();
+        dbgclaimset_el1::write(self.claim);
         self.claim = old;
     }
 }

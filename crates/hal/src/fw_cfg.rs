@@ -11,18 +11,9 @@ const CPU_COUNT: u16 = 0x05;
 const MAX_FILES: u32 = 256;
 
 /// The device.
-pub struct FwCfg(Registers);
+pub struct FwCfg(pub Registers);
 
 impl FwCfg {
-    /// The device at the physical address `base`.
-    ///
-    /// # Safety
-    /// EL3 must map 4 KiB at `base` as device memory, and fw_cfg must be there.
-    pub const unsafe fn new(base: usize) -> Self {
-        // SAFETY: passed on to the caller.
-        Self(unsafe { Registers::new(base, 0x1000) })
-    }
-
     fn select(&self, key: u16) {
         self.0.write16(SELECTOR, key.to_be());
     }
@@ -47,15 +38,12 @@ impl FwCfg {
             let key = u16::from_be_bytes(self.bytes());
             let _reserved: [u8; 2] = self.bytes();
             let entry: [u8; 56] = self.bytes();
-            let length = entry.iter().position(|&b| b == 0).unwrap_or(entry.len());
-            if entry.get(..length) != Some(name.as_bytes()) {
+            if entry.split(|&b| b == 0).next() != Some(name.as_bytes()) {
                 continue;
             }
             self.select(key);
             let length = to.len().min(usize::try_from(size).unwrap_or(usize::MAX));
-            for byte in to.iter_mut().take(length) {
-                *byte = self.0.read8(0);
-            }
+            to[..length].fill_with(|| self.0.read8(0));
             return Some(length);
         }
         None

@@ -57,55 +57,27 @@ static INTERFACES: [AtomicU32; 8] = [const { AtomicU32::new(0) }; 8];
 /// The interrupt controller of the machine.
 #[derive(Clone, Copy)]
 pub struct Gic {
-    distributor: Registers,
-    kind: Kind,
+    /// The distributor.
+    pub distributor: Registers,
+    /// All else.
+    pub kind: Kind,
 }
 
+/// What each CPU has of it.
 #[derive(Clone, Copy)]
-enum Kind {
-    V2 { cpu_interface: Registers, gich: Registers },
-    V3 { redistributors: Registers, count: usize },
+pub enum Kind {
+    /// GICv2.
+    V2 {
+        /// The CPU interface, 8 KiB.
+        cpu_interface: Registers,
+        /// The virtual interface control registers.
+        gich: Registers,
+    },
+    /// GICv3: the redistributors of all CPUs.
+    V3(Registers),
 }
 
 impl Gic {
-    /// A GICv2.
-    ///
-    /// # Safety
-    /// EL3 must map 64 KiB at `distributor`, 8 KiB at `cpu_interface` and 4 KiB
-    /// at `gich` (the virtual interface control registers) as device memory, and
-    /// a GICv2 must be there.
-    pub const unsafe fn v2(distributor: usize, cpu_interface: usize, gich: usize) -> Self {
-        Self {
-            // SAFETY: passed on to the caller.
-            distributor: unsafe { Registers::new(distributor, 0x1000) },
-            kind: Kind::V2 {
-                // SAFETY: passed on to the caller.
-                cpu_interface: unsafe { Registers::new(cpu_interface, 0x2000) },
-                // SAFETY: passed on to the caller.
-                gich: unsafe { Registers::new(gich, 0x1000) },
-            },
-        }
-    }
-
-    /// A GICv3 with `count` redistributors.
-    ///
-    /// # Safety
-    /// EL3 must map 64 KiB at `distributor` and `count` times 128 KiB at
-    /// `redistributors` as device memory, and a GICv3 must be there.
-    pub const unsafe fn v3(distributor: usize, redistributors: usize, count: usize) -> Self {
-        Self {
-            // SAFETY: passed on to the caller.
-            distributor: unsafe { Registers::new(distributor, 0x1_0000) },
-            kind: Kind::V3 {
-                // SAFETY: passed on to the caller.
-                redistributors: unsafe {
-                    Registers::new(redistributors, count * REDISTRIBUTOR_SIZE)
-                },
-                count,
-            },
-        }
-    }
-
     /// 2 or 3.
     pub const fn version(&self) -> u64 {
         if self.gich().is_some() { 2 } else { 3 }
@@ -119,14 +91,16 @@ impl Gic {
     /// Sets the distributor up. Once, by the first CPU.
     pub fn init_distributor(&self) {
         let d = self.distributor;
-        let v3 = matches!(self.kind, Kind::V3 { .. });
-        d.write32(GICD_CTLR, 0);
-        if v3 {
-            self.wait_distributor();
-            // Affinity routing may be turned on only while all groups are off (12.9.4).
-            d.write32(GICD_CTLR, CTLR_ARE);
-            self.wait_distributor();
-        }
+        let v3 = matches!(self.kind, Kind::V3(_));
+        let set = |value| {
+            d.write32(GICD_CTLR, value);
+            // RWP is GICv3's; a GICv2 reads it as 0.
+            while d.read32(GICD_CTLR) & CTLR_RWP != 0 {}
+        };
+        let routing = if v3 { CTLR_ARE } else { 0 };
+        set(0);
+        // Affinity routing may be turned on only while all groups are off (12.9.4).
+        set(routing);
         // ITLinesNumber + 1 words; word 0 (SGIs, PPIs) is each CPU's own.
         let words = (d.read32(GICD_TYPER) & 31) as usize;
         for word in 1..=words {
@@ -135,13 +109,7 @@ impl Gic {
                 d.write32(GICD_IGRPMODR + 4 * word, 0);
             }
         }
-        d.write32(GICD_CTLR, if v3 { CTLR_ARE | CTLR_GRP0 } else { CTLR_GRP0 });
-        self.wait_distributor();
-    }
-
-    /// RWP is GICv3's; a GICv2 reads it as 0.
-    fn wait_distributor(&self) {
-        while self.distributor.read32(GICD_CTLR) & CTLR_RWP != 0 {}
+        set(routing | CTLR_GRP0);
     }
 
     /// Sets this CPU's share up, as far as the host can't (its view of
@@ -159,10 +127,8 @@ impl Gic {
                 cpu_interface.write32(GICC_PMR, 0xff);
                 cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST);
             }
-            Kind::V3 { redistributors, .. } => {
-                let Some(frame) = self.own_redistributor() else {
-                    panic!("no redistributor for this CPU")
-                };
+            Kind::V3(redistributors) => {
+                let frame = own_redistributor(redistributors);
                 let waker = redistributors.read32(frame + GICR_WAKER);
                 redistributors.write32(frame + GICR_WAKER, waker & !WAKER_PROCESSOR_SLEEP);
                 while redistributors.read32(frame + GICR_WAKER) & WAKER_CHILDREN_ASLEEP != 0 {}
@@ -191,7 +157,7 @@ impl Gic {
             Kind::V2 { cpu_interface, .. } => {
                 cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST & !GICC_CTLR_GRP1);
             }
-            Kind::V3 { .. } => {
+            Kind::V3(_) => {
                 reg::icc_igrpen1_el3::write(0);
                 barrier::isb();
             }
@@ -208,7 +174,7 @@ impl Gic {
                 let interface = INTERFACES[cpu & 7].load(Ordering::Acquire);
                 self.distributor.write32(GICD_SGIR, interface << 16 | SGI);
             }
-            Kind::V3 { .. } => {
+            Kind::V3(_) => {
                 let affinity = |level: u32| mpidr >> level & 0xff;
                 reg::icc_sgi0r_el1::write(
                     affinity(32) << 48
@@ -234,8 +200,9 @@ impl Gic {
                     cpu_interface.write32(GICC_EOIR, id);
                 }
             }
-            Kind::V3 { .. } => {
-                let id = reg::icc_acknowledge_group0();
+            Kind::V3(_) => {
+                let id = reg::icc_iar0_el1::read();
+                barrier::dsb_sy();
                 if id < 1020 {
                     reg::icc_eoir0_el1::write(id);
                     barrier::isb();
@@ -243,15 +210,17 @@ impl Gic {
             }
         }
     }
+}
 
-    fn own_redistributor(&self) -> Option<usize> {
-        let Kind::V3 { redistributors, count } = self.kind else { return None };
-        let mpidr = reg::mpidr_el1::read();
-        let affinity = (mpidr >> 32 & 0xff) << 24 | mpidr & 0xff_ffff;
-        (0..count)
-            .map(|i| i * REDISTRIBUTOR_SIZE)
-            .find(|at| u64::from(redistributors.read32(at + GICR_AFFINITY)) == affinity)
+/// Where this CPU's is; the search ends where all of them do.
+fn own_redistributor(redistributors: Registers) -> usize {
+    let mpidr = reg::mpidr_el1::read();
+    let affinity = (mpidr >> 32 & 0xff) << 24 | mpidr & 0xff_ffff;
+    let mut frame = 0;
+    while u64::from(redistributors.read32(frame + GICR_AFFINITY)) != affinity {
+        frame += REDISTRIBUTOR_SIZE;
     }
+    frame
 }
 
 /// Groups, priority and enable of the SGIs and PPIs whose registers start at `at`.

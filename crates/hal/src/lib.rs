@@ -18,7 +18,7 @@ pub mod fw_cfg;
 pub mod gic;
 pub mod idreg;
 pub mod machine;
-mod mmio;
+pub mod mmio;
 pub mod phys;
 pub mod pl011;
 #[cfg(feature = "qemu")]

@@ -5,7 +5,7 @@ use core::ptr::with_exposed_provenance_mut;
 
 /// The registers of one device, by offset in bytes.
 #[derive(Clone, Copy)]
-pub(crate) struct Registers {
+pub struct Registers {
     base: usize,
     size: usize,
 }
@@ -15,45 +15,42 @@ impl Registers {
     ///
     /// # Safety
     /// EL3 must map `size` bytes at `base` as device memory, and they must be
-    /// those of a device whose accesses touch no memory of the monitor.
-    pub(crate) const unsafe fn new(base: usize, size: usize) -> Self {
+    /// those of the device that the driver is for which gets them.
+    pub const unsafe fn new(base: usize, size: usize) -> Self {
         Self { base, size }
     }
 
-    fn address(self, offset: usize, width: usize) -> usize {
+    /// Where a register of this type is: within the window and aligned.
+    fn at<T>(self, offset: usize) -> *mut T {
+        let width = size_of::<T>();
         assert!(offset + width <= self.size && offset.is_multiple_of(width));
-        self.base + offset
+        with_exposed_provenance_mut(self.base + offset)
     }
 
     pub(crate) fn read32(self, offset: usize) -> u32 {
-        let at = with_exposed_provenance_mut::<u32>(self.address(offset, 4));
-        // SAFETY: within the window and aligned; the window is a device (`new`).
-        unsafe { at.read_volatile() }
+        // SAFETY: a register of a device (`new`).
+        unsafe { self.at::<u32>(offset).read_volatile() }
     }
 
     pub(crate) fn write32(self, offset: usize, value: u32) {
-        let at = with_exposed_provenance_mut::<u32>(self.address(offset, 4));
-        // SAFETY: within the window and aligned; the window is a device (`new`).
-        unsafe { at.write_volatile(value) }
+        // SAFETY: a register of a device (`new`).
+        unsafe { self.at::<u32>(offset).write_volatile(value) }
     }
 
     pub(crate) fn write64(self, offset: usize, value: u64) {
-        let at = with_exposed_provenance_mut::<u64>(self.address(offset, 8));
-        // SAFETY: within the window and aligned; the window is a device (`new`).
-        unsafe { at.write_volatile(value) }
+        // SAFETY: a register of a device (`new`).
+        unsafe { self.at::<u64>(offset).write_volatile(value) }
     }
 
     #[cfg(feature = "qemu")]
     pub(crate) fn write16(self, offset: usize, value: u16) {
-        let at = with_exposed_provenance_mut::<u16>(self.address(offset, 2));
-        // SAFETY: within the window and aligned; the window is a device (`new`).
-        unsafe { at.write_volatile(value) }
+        // SAFETY: a register of a device (`new`).
+        unsafe { self.at::<u16>(offset).write_volatile(value) }
     }
 
     #[cfg(feature = "qemu")]
     pub(crate) fn read8(self, offset: usize) -> u8 {
-        let at = with_exposed_provenance_mut::<u8>(self.address(offset, 1));
-        // SAFETY: within the window; the window is a device (`new`).
-        unsafe { at.read_volatile() }
+        // SAFETY: a register of a device (`new`).
+        unsafe { self.at::<u8>(offset).read_volatile() }
     }
 }

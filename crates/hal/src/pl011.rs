@@ -12,18 +12,9 @@ const CR: usize = 0x30;
 const CR_UARTEN_TXE: u32 = 1 << 8 | 1;
 
 /// A transmit-only UART.
-pub struct Uart(Registers);
+pub struct Uart(pub Registers);
 
 impl Uart {
-    /// The UART at the physical address `base`.
-    ///
-    /// # Safety
-    /// EL3 must map 4 KiB at `base` as device memory, and a PL011 must be there.
-    pub const unsafe fn new(base: usize) -> Self {
-        // SAFETY: passed on to the caller.
-        Self(unsafe { Registers::new(base, 0x1000) })
-    }
-
     /// Turns the transmitter on, with the line's settings as they are.
     pub fn enable(&self) {
         self.0.write32(CR, CR_UARTEN_TXE);

@@ -62,14 +62,9 @@ pub struct Smmu {
 }
 
 impl Smmu {
-    /// Takes the SMMU at the physical address `base` over: from now on all that
-    /// devices send aborts, until [`Self::start`].
-    ///
-    /// # Safety
-    /// EL3 must map 64 KiB at `base` as device memory, and an `SMMUv3` must be there.
-    pub unsafe fn take(base: usize) -> Self {
-        // SAFETY: passed on to the caller; it will read what `start` prepares only.
-        let registers = unsafe { Registers::new(base, 0x1_0000) };
+    /// Takes the SMMU over: from now on all that devices send aborts, until
+    /// [`Self::start`].
+    pub fn take(registers: Registers) -> Self {
         let smmu = Self { registers, commands: Pa(0) };
         // What happens while it is disabled; it may be to let all pass (6.3.14).
         registers.write32(GBPA, GBPA_UPDATE | GBPA_ABORT);

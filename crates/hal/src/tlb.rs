@@ -4,9 +4,9 @@
 
 use core::arch::asm;
 
-use crate::sysreg::{hcr_el2, sctlr_el1, tcr_el1, vttbr_el2};
+use crate::barrier;
+use crate::sysreg::{hcr_el2, par_el1, sctlr_el1, tcr_el1, vttbr_el2};
 use crate::world::{SCTLR_M, TCR_EPD};
-use crate::{barrier, sysreg};
 
 /// Runs `f` with the stage-2 `vttbr` selected, for the TLBI that act on "the
 /// current VMID".
@@ -69,18 +69,17 @@ pub fn invalidate_local_all() {
     unsafe { asm!("tlbi alle1", "dsb nsh", "isb", options(nostack, preserves_flags)) }
 }
 
-/// Makes new entries in EL3's own tables, invalid until now, effective.
-pub fn publish_el3_entries() {
-    barrier::dsb_ishst();
-    barrier::isb();
-}
-
-/// What stage 1 of EL1 and the AT instruction make of `va`: the physical page
+/// What stage 1 of EL1 makes of a read of `va` (AT S1E1R): the physical page
 /// for the world in `VTTBR_EL2` as an IPA in bytes, or `None` if stage 1
 /// doesn't translate it.
 pub fn stage1_page(va: u64) -> Option<u64> {
     debug_assert!(hcr_el2::read() & 1 == 1);
-    let par = sysreg::translate_el1(va);
+    // `PAR_EL1` is the caller's world's: it is put back.
+    let saved = par_el1::read();
+    // SAFETY: AT reads translation tables of EL1 and changes PAR_EL1 only.
+    unsafe { asm!("at s1e1r, {}", "isb", in(reg) va, options(nostack, preserves_flags)) }
+    let par = par_el1::read();
+    par_el1::write(saved);
     // PAR_EL1: bit 0 F, [51:12] the address.
     (par & 1 == 0).then_some(par & 0x000f_ffff_ffff_f000)
 }

@@ -10,10 +10,11 @@ use havmsi_core::ram::{Ram, Range};
 use havmsi_core::stage2::Attributes;
 use havmsi_hal::barrier;
 use havmsi_hal::css::{self, Cci, Counter, Scp, System, Trng};
-use havmsi_hal::gic::Gic;
+use havmsi_hal::gic::{Gic, Kind};
+use havmsi_hal::mmio::Registers;
 use havmsi_hal::pl011::Uart;
 use havmsi_hal::smmu::Smmu;
-use havmsi_hal::sysreg::{cntfrq_el0, l2ctlr_el1};
+use havmsi_hal::sysreg::cntfrq_el0;
 
 use super::Facts;
 
@@ -37,20 +38,31 @@ pub const EL3_DEVICES: [Range; 5] = [
     Range { base: 0x7fe0_0000, size: MIB2 },
 ];
 
-const SRAM: usize = 0x0400_0000;
-const COUNTER: usize = 0x2a43_0000;
+/// Registers in those windows: for the devices below.
+const fn registers(base: usize, size: usize) -> Registers {
+    // SAFETY: what each constant is given is where the TRM has that device.
+    unsafe { Registers::new(base, size) }
+}
+
+const SCP: Scp = Scp { mhu: registers(0x2b1f_0000, 0x1000), sram: registers(0x0400_0000, 0x1000) };
+const COUNTER: Counter = Counter(registers(0x2a43_0000, 0x1000));
 const COUNTER_HZ: u64 = 50_000_000;
-const MHU: usize = 0x2b1f_0000;
-const DISTRIBUTOR: usize = 0x2c01_0000;
-const GICC: usize = 0x2c02_f000;
-const GICH: usize = 0x2c04_f000;
+const GIC: Gic = Gic {
+    distributor: registers(0x2c01_0000, 0x1000),
+    kind: Kind::V2 {
+        cpu_interface: registers(0x2c02_f000, 0x2000),
+        gich: registers(0x2c04_f000, 0x1000),
+    },
+};
 /// The virtual CPU interface of the GICv2.
 pub const GICV: u64 = 0x2c06_f000;
-const CCI: usize = 0x2c09_0000;
+const CCI: Cci = Cci(registers(0x2c09_0000, 0x1_0000));
 /// The interconnect's ports of the A53 and of the A57.
 const CCI_PORTS: [usize; 2] = [3, 4];
-const TRNG: usize = 0x7fe6_0000;
-const UART1: usize = 0x7ff7_0000;
+const TRNG: Trng = Trng(registers(0x7fe6_0000, 0x1000));
+const UART1: Registers = registers(0x7ff7_0000, 0x1000);
+/// The monitor's console: the UART that BL2 keeps secure.
+pub const UART: Uart = Uart(UART1);
 
 /// 7.2738 MHz / (16 * 115200), in 64ths.
 const UART_DIVISOR: u32 = 253;
@@ -59,21 +71,9 @@ const UART_DIVISOR: u32 = 253;
 const L2_LATENCY: u64 = 2 << 6 | 2;
 const L2_LATENCY_MASK: u64 = 7 << 6 | 7;
 
-/// The monitor's console: the UART that BL2 keeps secure.
-pub const fn uart() -> Uart {
-    // SAFETY: `EL3_DEVICES` covers it.
-    unsafe { Uart::new(UART1) }
-}
-
-const fn scp() -> Scp {
-    // SAFETY: `EL3_DEVICES` covers both.
-    unsafe { Scp::new(MHU, SRAM) }
-}
-
 /// The interrupt controller.
-pub fn gic() -> Gic {
-    // SAFETY: `EL3_DEVICES` covers the GIC-400.
-    unsafe { Gic::v2(DISTRIBUTOR, GICC, GICH) }
+pub const fn gic() -> Gic {
+    GIC
 }
 
 /// There is none of version 3: docs/porting.md.
@@ -83,15 +83,13 @@ pub const fn smmu() -> Option<Smmu> {
 
 /// Asks the board.
 pub fn facts() -> Facts {
-    // SAFETY: `EL3_DEVICES` covers the entropy source.
-    let seed = unsafe { Trng::new(TRNG) }.seed();
     Facts {
         ram: Ram::new([
             Range { base: 0x8000_0000, size: 0x7f00_0000 },
             Range { base: 0x8_8000_0000, size: 6 << 30 },
         ]),
         cpus: MAX_CPUS,
-        seed,
+        seed: TRNG.seed(),
         images: 0,
     }
 }
@@ -99,19 +97,16 @@ pub fn facts() -> Facts {
 /// On each CPU, with the MMU off: what BL31 has to do here.
 pub fn early(cpu: usize) {
     let big = cpu >= FIRST_BIG;
-    let latency = l2ctlr_el1::read();
+    let latency = css::l2ctlr_el1();
     if big && latency & L2_LATENCY_MASK != L2_LATENCY {
         // SAFETY: caches are off; it changes how long the L2's RAMs are waited for.
-        unsafe { l2ctlr_el1::write(latency & !L2_LATENCY_MASK | L2_LATENCY) };
-        barrier::isb();
+        unsafe { css::set_l2ctlr_el1(latency & !L2_LATENCY_MASK | L2_LATENCY) };
     }
-    // SAFETY: with the MMU off, everything is device memory.
-    unsafe { Cci::new(CCI) }.join(CCI_PORTS[usize::from(big)]);
+    // With the MMU off, everything is device memory.
+    CCI.join(CCI_PORTS[usize::from(big)]);
     if cpu == 0 {
-        // SAFETY: as above.
-        unsafe { Counter::new(COUNTER) }.start();
-        // SAFETY: as above.
-        unsafe { css::set_line(UART1, UART_DIVISOR) };
+        COUNTER.start();
+        css::set_line(UART1, UART_DIVISOR);
     }
     cntfrq_el0::write(COUNTER_HZ);
 }
@@ -119,22 +114,13 @@ pub fn early(cpu: usize) {
 /// Turns a CPU on that is off at reset; it comes in at `entry`. By the first
 /// CPU, at boot: from then on a CPU that is off for the host waits in the monitor.
 pub fn power_on(cpu: usize, entry: u64) {
-    scp().power_on(AFFINITIES[cpu], entry);
+    SCP.power_on(AFFINITIES[cpu], entry);
 }
 
-/// Turns the machine off.
-pub fn power_off() {
-    system(System::Off);
-}
-
-/// Resets the machine.
-pub fn reset() {
-    system(System::Reboot);
-}
-
-/// Two CPUs that ask at a time may get one another's wish, no more.
-fn system(state: System) {
-    if scp().system(state) {
+/// Resets the machine, or turns it off. Two CPUs that ask at a time may get one
+/// another's wish, no more.
+pub fn end(reset: bool) {
+    if SCP.system(if reset { System::Reboot } else { System::Off }) {
         loop {
             barrier::wfi();
         }

@@ -33,7 +33,7 @@ const AGAIN: [Again; 1] = [Again {
 
 /// Labels of the assembly code where the stack is not in use yet, or begins anew: they take nothing
 /// off it, jump to one another, and nobody calls them.
-const HOMES: [&str; 6] = ["__image_start", "park", "secondary", "home", "resume_current", "broken"];
+const HOMES: [&str; 6] = ["__image_start", "park", "secondary", "home", "resume", "broken"];
 /// Where it begins again at the emergency stack's end.
 const EMERGENCY: &str = "havmsi_monitor::exception::exception_from_self";
 /// Offset of the first method in a trait's table.

@@ -22,10 +22,15 @@ fn place(ipa: Ipa) -> Option<bool> {
     }
 }
 
+/// What an ID register holds: its place, and a one for each feature behind.
+fn raw(crm: u8, op2: u8) -> u64 {
+    0x1111_1111_1111_1100 | u64::from(crm << 4 | op2)
+}
+
 fn on(gic: u64, esr: u64, ipa: u64) -> Action {
     let s = Syndrome { esr, ipa: Ipa(ipa), privileged: true, idx: 1 };
     let config = Config { ipa_bits: 33, gic, max_vcpus: 1 };
-    decide(&s, &registers(), &config, place)
+    decide(&s, &registers(), &config, place, raw)
 }
 
 fn at(esr: u64, ipa: u64) -> Action {
@@ -39,7 +44,7 @@ fn of(esr: u64) -> Action {
 fn user(esr: u64) -> Action {
     let s = Syndrome { esr, ipa: Ipa(0), privileged: false, idx: 1 };
     let config = Config { ipa_bits: 33, gic: 3, max_vcpus: 1 };
-    decide(&s, &registers(), &config, |_| Some(false))
+    decide(&s, &registers(), &config, |_| Some(false), raw)
 }
 
 const UNDEF: Action = Action::Inject(Injection::Undefined);
@@ -92,7 +97,7 @@ fn what_was_not_offered_is_undefined() {
 fn system_registers_are_decoded_field_by_field() {
     let access = SysregAccess::decode(ec::SYSREG << 26 | IL | 0x3f_ffff);
     assert_eq!(access.register, 0xffff);
-    assert_eq!((access.rt, access.read, access.op0()), (31, true, 3));
+    assert_eq!((access.rt, access.read), (31, true));
     for (register, esr) in [
         (sysreg(1, 0, 0, 0, 0), 1 << 20),
         (sysreg(0, 1, 0, 0, 0), 1 << 14),
@@ -104,30 +109,45 @@ fn system_registers_are_decoded_field_by_field() {
         assert!(!SysregAccess::decode(esr).read);
     }
     assert_eq!(SysregAccess::decode(9 << 5).rt, 9);
-    assert_eq!(SysregAccess::decode(msr(sysreg(3, 0, 0, 7, 5), 2, true)).crm_op2(), (7, 5));
-    let id = |op0, op1, crn, crm, op2| {
-        SysregAccess::decode(msr(sysreg(op0, op1, crn, crm, op2), 0, true)).is_id()
+    let target = |read| SysregAccess { register: 0, rt: 9, read }.target();
+    assert_eq!((target(true), target(false)), (9, 31));
+}
+
+#[test]
+fn id_registers_are_those_that_tid3_traps() {
+    let id = |world, op0, op1, crn, crm, op2| {
+        let esr = msr(sysreg(op0, op1, crn, crm, op2), 0, true);
+        SysregAccess::decode(esr).fixed(world, raw)
     };
-    assert!(id(3, 0, 0, 1, 0) && id(3, 0, 0, 7, 7));
-    assert!(!id(3, 0, 0, 0, 0) && !id(3, 0, 0, 8, 0));
-    assert!(!id(3, 1, 0, 1, 0) && !id(2, 0, 0, 1, 0) && !id(3, 0, 1, 1, 0));
+    for world in [World::Host, World::Guest] {
+        for (crm, op2) in [(1, 0), (4, 0), (4, 1), (5, 0), (6, 1), (7, 2), (7, 7)] {
+            let seen = idreg::visible(crm, op2, raw(crm, op2), world);
+            assert_eq!(id(world, 3, 0, 0, crm.into(), op2.into()), Some(seen));
+        }
+        for (op0, op1, crn, crm, op2) in
+            [(3, 0, 0, 0, 7), (3, 0, 0, 8, 0), (3, 1, 0, 1, 0), (2, 0, 0, 1, 0), (3, 0, 1, 1, 0)]
+        {
+            assert_eq!(id(world, op0, op1, crn, crm, op2), None);
+        }
+    }
 }
 
 #[test]
 fn the_monitor_answers_registers_of_its_own() {
-    let access = SysregAccess::decode;
     let id = msr(sysreg(3, 0, 0, 4, 0), 3, true);
-    assert_eq!(of(id), Action::IdRead(access(id)));
+    let value = idreg::visible(4, 0, raw(4, 0), World::Guest);
+    assert_eq!(of(id), Action::Fixed { rt: 3, value });
     assert_eq!(of(msr(sysreg(3, 0, 0, 4, 0), 3, false)), UNDEF);
     for read in [false, true] {
+        let target = |rt| if read { rt } else { 31 };
         let debug = msr(sysreg(2, 0, 0, 2, 2), 3, read);
-        assert_eq!(of(debug), Action::Debug(access(debug)));
+        assert_eq!(of(debug), Action::Debug(target(3)));
         let lock = msr(sysreg(2, 0, 1, 1, 4), 3, read);
-        assert_eq!(of(lock), Action::Fixed { access: access(lock), value: 8 });
+        assert_eq!(of(lock), Action::Fixed { rt: target(3), value: 8 });
         let sre = msr(sysreg(3, 0, 12, 12, 5), 4, read);
-        assert_eq!(of(sre), Action::Fixed { access: access(sre), value: 7 });
+        assert_eq!(of(sre), Action::Fixed { rt: target(4), value: 7 });
         let actlr = msr(sysreg(3, 0, 1, 0, 1), 4, read);
-        assert_eq!(of(actlr), Action::Fixed { access: access(actlr), value: 0 });
+        assert_eq!(of(actlr), Action::Fixed { rt: target(4), value: 0 });
         // PMCR_EL0, LORC_EL1, CNTHCTL_EL2, DC ISW.
         for unknown in [
             sysreg(3, 3, 9, 12, 0),
@@ -178,7 +198,9 @@ fn a_gicv2_sends_by_a_store() {
     };
     let sgi = Sgi::by_distributor(1, x[12] & 0xffff_ffff);
     assert_eq!(on(2, word | 12 << 16, sgir), Action::Sgi(exit, sgi));
-    let store = |action| matches!(action, Action::Exit { pending: Pending::Store, .. });
+    let store = |action| {
+        matches!(action, Action::Exit { pending: Pending::Mmio(Access { write: true, .. }), .. })
+    };
     // Another width, place or interrupt controller, RAM, a load.
     for sas in [0, 1, 3] {
         assert!(store(on(2, DABT | ISV | sas << 22 | WNR | 0x07, sgir)));
@@ -199,12 +221,12 @@ fn the_physical_timer_is_the_hosts() {
         let register = sysreg(3, 3, 14, 2, op2);
         let esr = msr(register, 0, true);
         let exit = Exit { class: ExitClass::SysregRead, esr, mode: 1, ..Exit::default() };
-        let pending = Pending::SysregRead { rt: 7 };
+        let pending = Pending::Sysreg(SysregAccess { register, rt: 7, read: true });
         assert_eq!(of(msr(register, 7, true)), Action::Exit { exit, pending, step: false });
         let esr = msr(register, 0, false);
         let class = ExitClass::SysregWrite;
         let exit = Exit { class, esr, data: x[7], mode: 1, ..Exit::default() };
-        let pending = Pending::SysregWrite;
+        let pending = Pending::Sysreg(SysregAccess { register, rt: 7, read: false });
         assert_eq!(of(msr(register, 7, false)), Action::Exit { exit, pending, step: false });
     }
     // CNTPCT_EL0 is not trapped, CNTV_* neither.
@@ -236,7 +258,7 @@ fn a_fault_in_ram_shows_its_page_only() {
     // At EL0 as well.
     let s = Syndrome { esr: DABT | 0x07, ipa: Ipa(ipa), privileged: false, idx: 0 };
     let config = Config { ipa_bits: 33, gic: 3, max_vcpus: 1 };
-    let Action::Exit { exit, .. } = decide(&s, &registers(), &config, place) else {
+    let Action::Exit { exit, .. } = decide(&s, &registers(), &config, place, raw) else {
         panic!("no exit")
     };
     assert_eq!((exit.class, exit.mode), (ExitClass::Fault, 0));
@@ -246,7 +268,7 @@ fn a_fault_in_ram_shows_its_page_only() {
 fn registers_that_nobody_has_read_the_same_for_all() {
     let fixed = |op0, op1, crn, crm, op2| {
         let register = sysreg(op0, op1, crn, crm, op2);
-        SysregAccess { register, rt: 0, read: true }.fixed()
+        SysregAccess { register, rt: 0, read: true }.fixed(World::Host, raw)
     };
     // OSLSR_EL1, ICC_SRE_EL1.
     assert_eq!((fixed(2, 0, 1, 1, 4), fixed(3, 0, 12, 12, 5)), (Some(1 << 3), Some(7)));
@@ -285,7 +307,7 @@ fn a_load_shows_no_register() {
     let exit =
         Exit { class: ExitClass::MmioRead, esr: kept, ipa: 0x900_0abc, mode: 1, ..Exit::default() };
     let access = Access { rt: 12, size: 4, signed: true, wide: true, write: false };
-    let pending = Pending::Load(access);
+    let pending = Pending::Mmio(access);
     assert_eq!(at(kept | hidden, 0x900_0abc), Action::Exit { exit, pending, step: false });
 }
 
@@ -301,7 +323,8 @@ fn a_store_shows_no_more_than_it_stores() {
             data: x[12] & mask,
             mode: 1,
         };
-        let action = Action::Exit { exit, pending: Pending::Store, step: false };
+        let access = Access { rt: 12, size: 1 << sas, signed: false, wide: true, write: true };
+        let action = Action::Exit { exit, pending: Pending::Mmio(access), step: false };
         assert_eq!(at(kept | 12 << 16, 0x900_0001), action);
         let Action::Exit { exit, .. } = at(kept | 31 << 16, 0) else { panic!("no exit") };
         assert_eq!(exit.data, 0);
@@ -406,17 +429,16 @@ fn only_what_was_asked_is_answered() {
     let data = 0xffff_8001;
     let abort = Answer::Inject(Injection::ExternalAbort);
     let undef = Answer::Inject(Injection::Undefined);
-    let written = Answer::Set { rt: 31, value: 0 };
+    let store = Access { write: true, ..load };
+    let sysreg = |read| SysregAccess { register: 0, rt: 9, read };
+    let set = |rt, value| Some(Answer::Set { rt, value });
     // COMPLETE, INJECT_SEA, INJECT_UNDEF for each.
     let table = [
         (Pending::Nothing, [None, None, None]),
-        (Pending::Load(load), [Some(Answer::Set { rt: 3, value: 0xffff_8001 }), Some(abort), None]),
-        (Pending::Store, [Some(written), Some(abort), None]),
-        (
-            Pending::SysregRead { rt: 9 },
-            [Some(Answer::Set { rt: 9, value: data }), None, Some(undef)],
-        ),
-        (Pending::SysregWrite, [Some(written), None, Some(undef)]),
+        (Pending::Mmio(load), [set(3, 0xffff_8001), Some(abort), None]),
+        (Pending::Mmio(store), [set(31, 0), Some(abort), None]),
+        (Pending::Sysreg(sysreg(true)), [set(9, data), None, Some(undef)]),
+        (Pending::Sysreg(sysreg(false)), [set(31, data), None, Some(undef)]),
         (Pending::Hypercall, [Some(Answer::Results(results)), None, None]),
         (Pending::Sgi, [Some(Answer::Nothing), None, None]),
     ];
