@@ -94,7 +94,8 @@ const HCR_TRAP_ALL: u64 = 0b111 << 10;
 /// The virtual CPU interface of all CPUs. Between two runs its list registers are empty.
 pub struct Vgic {
     gich: Option<Registers>,
-    vtr: u64,
+    /// `ICH_VTR_EL2` or `GICH_VTR`.
+    pub vtr: u64,
 }
 
 impl Vgic {
@@ -103,11 +104,6 @@ impl Vgic {
         let gich = gic.gich();
         let vtr = gich.map_or_else(ich_vtr_el2::read, |gich| gich.read32(GICH_VTR).into());
         Self { gich, vtr }
-    }
-
-    /// `ICH_VTR_EL2` or `GICH_VTR`.
-    pub const fn vtr(&self) -> u64 {
-        self.vtr
     }
 
     /// List registers that a CPU has (ListRegs + 1).
