@@ -20,8 +20,6 @@ use crate::{exception, host, log, mmu, psci, vms};
 /// log2 of the bytes between two CPUs' words in the pen: more than a cache
 /// line, so that cleaning one writes over no other.
 const PEN_SHIFT: usize = 8;
-/// In a pen: the CPU is there.
-const PEN_WAITING: u64 = 0x57a1;
 /// In a pen: the CPU may come in.
 const PEN_GO: u64 = 0x60;
 /// In the pen behind the last CPU's, which no reset clears: VMs ran since
@@ -35,7 +33,6 @@ global_asm!(
     max_cpus = const MAX_CPUS,
     pen = const platform::PEN as usize,
     pen_shift = const PEN_SHIFT,
-    pen_waiting = const PEN_WAITING,
     pen_go = const PEN_GO,
     stack_stride = const mmu::STACK_STRIDE,
     emergency_stack = const mmu::EMERGENCY_STACK,

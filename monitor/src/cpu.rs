@@ -26,13 +26,11 @@ pub struct Frame {
 
 impl Frame {
     /// All zero.
-    pub const fn new() -> Self {
-        Self { x: [0; 31], elr: 0, spsr: 0 }
-    }
+    pub const ZERO: Self = Self { x: [0; 31], elr: 0, spsr: 0 };
 
     /// A world starts at `boot`, at EL1.
     pub fn start(&mut self, boot: &Boot) {
-        *self = Self { elr: boot.pc, spsr: spsr::DAIF | spsr::EL1H, ..Self::new() };
+        *self = Self { elr: boot.pc, spsr: spsr::DAIF | spsr::EL1H, ..Self::ZERO };
         self.x[..4].copy_from_slice(&boot.x);
     }
 
@@ -71,7 +69,7 @@ pub static PER_CPU: [PerCpu; MAX_CPUS] = [const {
     PerCpu {
         frame: Cell::new(ptr::null_mut()),
         stack: Cell::new(0),
-        host: UnsafeCell::new(Frame::new()),
+        host: UnsafeCell::new(Frame::ZERO),
         local: UnsafeCell::new(Local::NEW),
     }
 }; MAX_CPUS];

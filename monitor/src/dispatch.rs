@@ -43,7 +43,7 @@ fn call(world: &World, function: Function, args: &[u64; 8]) -> Result<[u64; 6], 
     match function {
         Function::Version => return Ok([VERSION, 0, 0, 0, 0, 0]),
         Function::CpuInfo => {
-            return Ok([world.vgic.vtr(), world.gic.version(), MAX_IPA_BITS, 0, 0, 0]);
+            return Ok([world.vgic.vtr, world.gic.version(), MAX_IPA_BITS, 0, 0, 0]);
         }
         Function::HostReset => {
             for (_, vm) in vms::all() {

@@ -88,15 +88,14 @@ park:
     dsb     sy
     b       10f
 
-    // The others say that they are here and wait until Rust lets them in. The
-    // word is written by this CPU in this life, so what it holds afterwards is
-    // no left-over. Where Rust turns them on, it is ready for them.
+    // The others wait until Rust lets them in. The word is cleared by this CPU in
+    // this life, so what it holds afterwards is no left-over. Where Rust turns them
+    // on, it is ready for them.
 secondary:
     .if     {pen}
     ldr     x0, =PENS
     add     x0, x0, x19, lsl #{pen_shift}
-    mov     x1, #{pen_waiting}
-    str     x1, [x0]
+    str     xzr, [x0]
     dsb     sy
 9:  wfe
     ldr     x1, [x0]

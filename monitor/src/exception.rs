@@ -153,12 +153,11 @@ pub fn inject(frame: &mut Frame, what: Injection, (esr, far): (u64, u64)) {
             inject::external_abort(esr, frame.spsr)
         }
     };
-    let entry = inject::synchronous(frame.spsr, reg::sctlr_el1::read(), reg::vbar_el1::read());
     reg::esr_el1::write(syndrome);
     reg::elr_el1::write(frame.elr);
     reg::spsr_el1::write(frame.spsr);
-    frame.elr = entry.pc;
-    frame.spsr = entry.pstate;
+    let (sctlr, vbar) = (reg::sctlr_el1::read(), reg::vbar_el1::read());
+    (frame.elr, frame.spsr) = inject::synchronous(frame.spsr, sctlr, vbar);
 }
 
 fn inject_undefined(frame: &mut Frame) {

@@ -62,7 +62,7 @@ pub struct Context {
 impl Context {
     /// A context that no vCPU has started in.
     const ZERO: Self = Self {
-        frame: Frame::new(),
+        frame: Frame::ZERO,
         el1: El1State::ZERO,
         fp: FpState::RESET,
         debug: DebugState::RESET,

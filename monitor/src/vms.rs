@@ -19,7 +19,7 @@ static VMS: [SpinMutex<Vm>; MAX_VMS] = [const { SpinMutex::new(Vm::FREE) }; MAX_
 static TAKEN: [AtomicBool; MAX_VCPUS] = [const { AtomicBool::new(false) }; MAX_VCPUS];
 
 /// The random numbers of all guests; fed once, at boot.
-pub static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::new());
+pub static RANDOM: SpinMutex<Drbg> = SpinMutex::new(Drbg::NEW);
 
 /// The slot of the VM that `handle` may name. Whether it does is for
 /// `Vm::check_handle`, under the lock.

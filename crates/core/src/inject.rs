@@ -37,17 +37,8 @@ const FSC_EXTERNAL: u64 = 0x10;
 /// Of a data abort's syndrome, what is EL1's too: cache maintenance, write.
 const ISS_CM_WNR: u64 = CM | WNR;
 
-/// Where EL1 goes on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Entry {
-    /// Its program counter.
-    pub pc: u64,
-    /// Its PSTATE.
-    pub pstate: u64,
-}
-
-/// Entry into EL1's synchronous vector from `pstate`.
-pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> Entry {
+/// Entry into EL1's synchronous vector from `pstate`: where EL1 goes on, and its PSTATE.
+pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> (u64, u64) {
     let offset = match pstate & spsr::MODE {
         0b0000 => 0x400,
         0b0100 => 0,
@@ -67,7 +58,7 @@ pub const fn synchronous(pstate: u64, sctlr_el1: u64, vbar_el1: u64) -> Entry {
         new |= spsr::SSBS;
     }
     // VBAR_EL1[10:0] are RES0: they may hold anything, and count as 0.
-    Entry { pc: vbar_el1 & !0x7ff | offset, pstate: new }
+    (vbar_el1 & !0x7ff | offset, new)
 }
 
 /// `ESR_EL1` of an undefined instruction.
@@ -94,24 +85,24 @@ mod tests {
     #[test]
     fn the_vector_is_chosen_by_where_it_came_from() {
         for (mode, offset) in [(0b00000, 0x400), (0b00100, 0), (0b00101, 0x200), (0b10000, 0x600)] {
-            assert_eq!(synchronous(mode, 0, VBAR).pc, VBAR + offset);
+            assert_eq!(synchronous(mode, 0, VBAR).0, VBAR + offset);
         }
     }
 
     #[test]
     fn reserved_bits_of_the_vector_base_do_not_count() {
-        assert_eq!(synchronous(0b00101, 0, VBAR | 0x7e0).pc, VBAR + 0x200);
-        assert_eq!(synchronous(0b10000, 0, u64::MAX).pc, 0xffff_ffff_ffff_fe00);
+        assert_eq!(synchronous(0b00101, 0, VBAR | 0x7e0).0, VBAR + 0x200);
+        assert_eq!(synchronous(0b10000, 0, u64::MAX).0, 0xffff_ffff_ffff_fe00);
     }
 
     /// Against the numbers of the manual (SPSR_EL1, SCTLR_EL1, ESR_EL1).
     #[test]
     fn bits_are_where_the_manual_has_them() {
         let (span, dssbs) = (1 << 23, 1 << 44);
-        assert_eq!(synchronous(0, 0, VBAR).pstate, 0x3c5 | 1 << 22);
-        assert_eq!(synchronous(0, span | dssbs, VBAR).pstate, 0x3c5 | 1 << 12);
+        assert_eq!(synchronous(0, 0, VBAR).1, 0x3c5 | 1 << 22);
+        assert_eq!(synchronous(0, span | dssbs, VBAR).1, 0x3c5 | 1 << 12);
         let kept = 0xf << 28 | 1 << 24 | 1 << 22;
-        assert_eq!(synchronous(!0x1f, span, VBAR).pstate, 0x3c5 | kept);
+        assert_eq!(synchronous(!0x1f, span, VBAR).1, 0x3c5 | kept);
         assert_eq!(spsr::STEP, 1 << 21 | 1 << 11 | 1 << 10);
         assert_eq!(UNDEFINED, 1 << 25);
     }
@@ -119,15 +110,15 @@ mod tests {
     #[test]
     fn pstate_is_what_the_architecture_makes_it() {
         let span = SCTLR_SPAN;
-        assert_eq!(synchronous(0, span, VBAR).pstate, 0x3c5);
-        assert_eq!(synchronous(0, 0, VBAR).pstate, 0x3c5 | spsr::PAN);
-        assert_eq!(synchronous(0, span | SCTLR_DSSBS, VBAR).pstate, 0x3c5 | spsr::SSBS);
+        assert_eq!(synchronous(0, span, VBAR).1, 0x3c5);
+        assert_eq!(synchronous(0, 0, VBAR).1, 0x3c5 | spsr::PAN);
+        assert_eq!(synchronous(0, span | SCTLR_DSSBS, VBAR).1, 0x3c5 | spsr::SSBS);
         // Single step, IL, BTYPE, UAO, TCO go; flags and DIT stay.
         let all = !spsr::MODE & !spsr::PAN;
-        assert_eq!(synchronous(all, span, VBAR).pstate, 0x3c5 | spsr::NZCV | spsr::DIT);
-        assert_eq!(synchronous(0x9000_0010, span, VBAR).pstate, 0x9000_03c5);
+        assert_eq!(synchronous(all, span, VBAR).1, 0x3c5 | spsr::NZCV | spsr::DIT);
+        assert_eq!(synchronous(0x9000_0010, span, VBAR).1, 0x9000_03c5);
         // AArch32 has its DIT elsewhere: this bit is another one there.
-        assert_eq!(synchronous(0x9100_0010, span, VBAR).pstate, 0x9000_03c5);
+        assert_eq!(synchronous(0x9100_0010, span, VBAR).1, 0x9000_03c5);
     }
 
     #[test]

@@ -44,9 +44,8 @@ const GICC_PMR: usize = 4;
 const GICC_IAR: usize = 0xc;
 const GICC_EOIR: usize = 0x10;
 /// GICC_CTLR, secure view: group 0 as FIQ, nothing bypasses the controller;
-/// group 1 is the host's to enable.
+/// group 1 (bit 1) is the host's to enable.
 const GICC_CTLR_HOST: u32 = 1 << 6 | 1 << 5 | 1 << 3 | 1;
-const GICC_CTLR_GRP1: u32 = 1 << 1;
 
 /// ICC_SRE_ELx: system registers on, bypass off, lower levels may see them.
 const SRE_ALL: u64 = 0xf;
@@ -155,7 +154,7 @@ impl Gic {
     pub fn mute_cpu(&self) {
         match self.kind {
             Kind::V2 { cpu_interface, .. } => {
-                cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST & !GICC_CTLR_GRP1);
+                cpu_interface.write32(GICC_CTLR, GICC_CTLR_HOST);
             }
             Kind::V3(_) => {
                 reg::icc_igrpen1_el3::write(0);

@@ -58,14 +58,14 @@ macro_rules! numbered {
 }
 
 numbered! { read_lr, write_lr;
-    0 = "s3_4_c12_c12_0" 1 = "s3_4_c12_c12_1" 2 = "s3_4_c12_c12_2" 3 = "s3_4_c12_c12_3"
-    4 = "s3_4_c12_c12_4" 5 = "s3_4_c12_c12_5" 6 = "s3_4_c12_c12_6" 7 = "s3_4_c12_c12_7"
-    8 = "s3_4_c12_c13_0" 9 = "s3_4_c12_c13_1" 10 = "s3_4_c12_c13_2" 11 = "s3_4_c12_c13_3"
-    12 = "s3_4_c12_c13_4" 13 = "s3_4_c12_c13_5" 14 = "s3_4_c12_c13_6" 15 = "s3_4_c12_c13_7"
+    0 = "ich_lr0_el2" 1 = "ich_lr1_el2" 2 = "ich_lr2_el2" 3 = "ich_lr3_el2"
+    4 = "ich_lr4_el2" 5 = "ich_lr5_el2" 6 = "ich_lr6_el2" 7 = "ich_lr7_el2"
+    8 = "ich_lr8_el2" 9 = "ich_lr9_el2" 10 = "ich_lr10_el2" 11 = "ich_lr11_el2"
+    12 = "ich_lr12_el2" 13 = "ich_lr13_el2" 14 = "ich_lr14_el2" 15 = "ich_lr15_el2"
 }
 numbered! { read_apr, write_apr;
-    0 = "s3_4_c12_c8_0" 1 = "s3_4_c12_c8_1" 2 = "s3_4_c12_c8_2" 3 = "s3_4_c12_c8_3"
-    4 = "s3_4_c12_c9_0" 5 = "s3_4_c12_c9_1" 6 = "s3_4_c12_c9_2" 7 = "s3_4_c12_c9_3"
+    0 = "ich_ap0r0_el2" 1 = "ich_ap0r1_el2" 2 = "ich_ap0r2_el2" 3 = "ich_ap0r3_el2"
+    4 = "ich_ap1r0_el2" 5 = "ich_ap1r1_el2" 6 = "ich_ap1r2_el2" 7 = "ich_ap1r3_el2"
 }
 
 /// GICv2 (IHI 0048B, 5.3).
@@ -94,7 +94,8 @@ const HCR_TRAP_ALL: u64 = 0b111 << 10;
 /// The virtual CPU interface of all CPUs. Between two runs its list registers are empty.
 pub struct Vgic {
     gich: Option<Registers>,
-    vtr: u64,
+    /// `ICH_VTR_EL2` or `GICH_VTR`.
+    pub vtr: u64,
 }
 
 impl Vgic {
@@ -103,11 +104,6 @@ impl Vgic {
         let gich = gic.gich();
         let vtr = gich.map_or_else(ich_vtr_el2::read, |gich| gich.read32(GICH_VTR).into());
         Self { gich, vtr }
-    }
-
-    /// `ICH_VTR_EL2` or `GICH_VTR`.
-    pub const fn vtr(&self) -> u64 {
-        self.vtr
     }
 
     /// List registers that a CPU has (ListRegs + 1).

@@ -83,13 +83,14 @@ pub const fn smmu() -> Option<Smmu> {
 
 /// Asks the board.
 pub fn facts() -> Facts {
+    let seed = TRNG.seed();
     Facts {
         ram: Ram::new([
             Range { base: 0x8000_0000, size: 0x7f00_0000 },
             Range { base: 0x8_8000_0000, size: 6 << 30 },
         ]),
         cpus: MAX_CPUS,
-        seed: TRNG.seed(),
+        seed,
         images: 0,
     }
 }
