@@ -10,15 +10,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use havmsi_abi::Error::{self, Again, Busy, Denied, Integrity, Invalid, NoMemory, State};
-use havmsi_abi::{Entry, EntryFlags, Exit, ExitClass, MAX_PAGES_PER_CALL, PAGE_SIZE};
+use havmsi_abi::{
+    Entry, EntryFlags, Exit, ExitClass, MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, PAGE_SIZE,
+};
 use sha2::{Digest as _, Sha256};
 
 /// A VM's handle.
 pub type Handle = u64;
 /// The first and the last word of a page: as much as is looked at.
 pub type Content = [u64; 2];
-/// `x0` and, for [`NoMemory`], `x1`.
-pub type Refusal = (Error, u64);
 
 /// Whose page it is (I1), and for what.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -173,7 +173,7 @@ impl Vm {
         if self.private.contains_key(&ipa) || self.devices.contains(&ipa) {
             no.because(Denied);
         } else if self.tables_missing(ipa) > self.spare() {
-            no.0.push((NoMemory, self.tables_missing(ipa) - self.spare()));
+            no.because(NoMemory);
         }
     }
 
@@ -193,11 +193,11 @@ impl Vm {
 
 /// Why a call must be refused; empty if it must not.
 #[derive(Default, Debug)]
-pub struct Reasons(pub Vec<Refusal>);
+pub struct Reasons(pub Vec<Error>);
 
 impl Reasons {
     fn because(&mut self, error: Error) {
-        self.0.push((error, 0));
+        self.0.push(error);
     }
 
     /// The VM must be in one of these phases.
@@ -277,7 +277,7 @@ impl Model {
     fn vm(&mut self, handle: Handle) -> Result<(&mut Vm, Reasons), Reasons> {
         match self.vms.get_mut(&handle) {
             Some(vm) => Ok((vm, Reasons::default())),
-            None => Err(Reasons(vec![(Invalid, 0)])),
+            None => Err(Reasons(vec![Invalid])),
         }
     }
 
@@ -379,13 +379,13 @@ impl Model {
         no
     }
 
-    /// POPULATE (`image`) and PAGE_MAP: a page comes in (I5, I7); it holds what was
-    /// sealed with the number `given`, and its tag comes along.
+    /// POPULATE (`image`) and PAGE_MAP: pages come in (I5, I7), all or none. The page holds
+    /// what was sealed with the number `given`, and its tag comes along.
     pub fn donate(
         &mut self,
         handle: Handle,
         ipa: u64,
-        pa: u64,
+        (pa, size): (u64, u64),
         image: bool,
         given: Option<usize>,
     ) -> Reasons {
@@ -396,13 +396,26 @@ impl Model {
         no.unless(&[if image { Phase::Open } else { Phase::Active }], vm);
         no.when(!is_page(ipa), Invalid);
         no.when(image && vm.image.last().is_some_and(|(last, _)| ipa <= *last), Invalid);
-        no.when(!vm.is_ram(ipa), Denied);
-        vm.place(ipa, &mut no);
-        self.hosts(pa, &mut no);
+        no.when(!is_page(size) || size / PAGE_SIZE > MAX_PAGES_PER_MAP || size == 0, Invalid);
+        if no.0.contains(&Invalid) {
+            return no;
+        }
+        // What lies in one range of RAM and has one table.
+        no.when(ipa >> 21 != ipa.saturating_add(size - 1) >> 21, Invalid);
+        let whole = |(base, bytes): &(u64, u64)| {
+            ipa >= *base && size <= *bytes && ipa - base <= bytes - size
+        };
+        no.when(!vm.ram.iter().any(whole), Denied);
+        let pages = (0..size).step_by(PAGE_SIZE as usize);
+        let pages = pages.map(|at| (ipa.wrapping_add(at), pa.wrapping_add(at)));
+        pages.clone().for_each(|(ipa, _)| vm.place(ipa, &mut no));
+        // What was taken away comes back alone.
+        no.when(size > PAGE_SIZE && vm.gone.range(ipa..ipa + size).next().is_some(), Denied);
+        pages.clone().for_each(|(_, pa)| self.hosts(pa, &mut no));
         if !no.none() {
-            // A lack of tables is told only about a page that could come.
-            if no.0.len() > 1 {
-                no.0.retain(|(error, _)| *error != NoMemory);
+            // A lack of tables is told only about pages that could come.
+            if no.0.iter().any(|error| *error != NoMemory) {
+                no.0.retain(|error| *error != NoMemory);
             }
             return no;
         }
@@ -416,20 +429,22 @@ impl Model {
             return no;
         }
         vm.gone.remove(&ipa);
-        let content = self.content(pa);
-        match gone {
-            None if image => {}
-            None => self.wipe(pa),
-            Some(Gone::Shared) => {}
-            Some(Gone::Sealed(_, content)) => drop(self.contents.insert(pa, content)),
-        }
         let shared = gone == Some(Gone::Shared);
-        self.own(pa, if shared { Owner::Shared(handle) } else { Owner::Private(handle) });
-        let (vm, _) = self.vm(handle).expect("it is there");
-        vm.add_tables(ipa);
-        vm.private.insert(ipa, pa);
-        if image {
-            vm.image.push((ipa, content));
+        for (ipa, pa) in pages {
+            let content = self.content(pa);
+            match gone {
+                None if image => {}
+                None => self.wipe(pa),
+                Some(Gone::Shared) => {}
+                Some(Gone::Sealed(_, content)) => drop(self.contents.insert(pa, content)),
+            }
+            self.own(pa, if shared { Owner::Shared(handle) } else { Owner::Private(handle) });
+            let (vm, _) = self.vm(handle).expect("it is there");
+            vm.add_tables(ipa);
+            vm.private.insert(ipa, pa);
+            if image {
+                vm.image.push((ipa, content));
+            }
         }
         no
     }

@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use havmsi_abi::{Entry, EntryFlags, Error, Exit, ExitClass, PAGE_SIZE, WORDS_ENTRY};
+use havmsi_abi::{
+    Entry, EntryFlags, Error, Exit, ExitClass, MAX_PAGES_PER_MAP, PAGE_SIZE, WORDS_ENTRY,
+};
 use havmsi_core::addr::{Ipa, Pa};
 use havmsi_core::exit::{self, Action, Answer, Injection, Pending, Syndrome};
 use havmsi_core::fake::{self, BANK2, BASE, CARVEOUT, FakeMachine, UART, host_page, root};
-use havmsi_core::guest_map::MapError;
 use havmsi_core::host_map::Resolution;
 use havmsi_core::hypercall;
 use havmsi_core::launch::{Boot, Config};
@@ -19,8 +20,8 @@ use havmsi_core::vm::{Machine as _, Vm, handle_slot};
 use havmsi_core::{psci, vgic};
 
 use crate::model::{
-    self, Called, Gone, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Refusal,
-    Registers, Trap,
+    self, Called, Gone, Handle, Model, Outcome, Owner, Phase, Power, Question, Reasons, Registers,
+    Trap,
 };
 
 /// VMs that can be at once.
@@ -35,6 +36,10 @@ const GICV: u64 = 0x804_0000;
 const SECRET: u64 = 1 << 63;
 
 const RAM: u64 = 0x8000_0000;
+/// 2 MiB of the host's that can be a block.
+const BLOCK: u64 = BANK2 + (2 << 20);
+/// Bytes that PAGE_MAP takes at most.
+const MOST: u64 = MAX_PAGES_PER_MAP * PAGE_SIZE;
 const RANGES: [(u64, u64); 12] = [
     (RAM, 0x4020_0000),
     (0x1_0000_0000, 0x1000),
@@ -84,7 +89,7 @@ fn some_page(a: u8) -> u64 {
         BASE + CARVEOUT - 0x1000,
         BASE + (6 << 20),
         BANK2 - 0x1000,
-        BANK2 + (2 << 20),
+        BANK2 + (4 << 20),
         UART,
         0,
         BASE + CARVEOUT + 8,
@@ -99,17 +104,6 @@ fn some_page(a: u8) -> u64 {
 /// A number that is different for each byte.
 fn spread(a: u8) -> u64 {
     u64::from(a).wrapping_mul(0x9e37_79b9_7f4a_7c15) & !SECRET
-}
-
-fn plain(error: Error) -> MapError {
-    error.into()
-}
-
-fn refusal(error: MapError) -> Refusal {
-    match error {
-        MapError::Tables(pages) => (Error::NoMemory, pages),
-        MapError::Other(error) => (error, 0),
-    }
 }
 
 /// What the monitor keeps of a vCPU.
@@ -205,8 +199,8 @@ impl<'a> World<'a> {
     fn on<T>(
         &mut self,
         handle: Handle,
-        f: impl FnOnce(&mut Vm, &FakeMachine<'a>) -> Result<T, MapError>,
-    ) -> Result<T, MapError> {
+        f: impl FnOnce(&mut Vm, &FakeMachine<'a>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let m = self.m;
         f(self.find(handle)?, m)
     }
@@ -221,13 +215,10 @@ impl<'a> World<'a> {
     }
 
     /// The crate's answer must be one that the model permits.
-    fn same<T: std::fmt::Debug>(what: &str, result: &Result<T, MapError>, no: &Reasons) {
+    fn same<T: std::fmt::Debug>(what: &str, result: &Result<T, Error>, no: &Reasons) {
         match result {
             Ok(_) => assert!(no.none(), "{what}: done, but {no:?}"),
-            Err(error) => {
-                let error = refusal(*error);
-                assert!(no.0.contains(&error), "{what}: {error:?}, expected {no:?}");
-            }
+            Err(error) => assert!(no.0.contains(error), "{what}: {error:?}, expected {no:?}"),
         }
     }
 
@@ -248,23 +239,23 @@ impl<'a> World<'a> {
             1 => {
                 let (base, size) = RANGES[usize::from(a) % RANGES.len()];
                 let base = base.wrapping_add(u64::from(b & 3) * 0x1_0000);
-                let result = self.on(handle, |vm, _| Ok(vm.add_ram(base, size)?));
+                let result = self.on(handle, |vm, _| vm.add_ram(base, size));
                 Self::same("VM_ADD_RAM", &result, &self.model.add_ram(handle, base, size));
             }
             2 => self.vcpu_create(handle, idx, some_page(b)),
             3 => {
                 let (pc, x) = (spread(b), [1, 2, 3, 4].map(|n| n * u64::from(b)));
-                let result = self.on(handle, |vm, _| Ok(vm.set_boot(idx, Boot { pc, x })?));
+                let result = self.on(handle, |vm, _| vm.set_boot(idx, Boot { pc, x }));
                 Self::same("VCPU_SET_BOOT", &result, &self.model.set_boot(handle, idx, pc, x));
             }
             4 => {
                 let (ipa, pa) = (place(a), some_page(b));
                 let result = self.on(handle, |vm, m| vm.populate(m, ipa, pa, &mut [0; 4096]));
-                let no = self.model.donate(handle, ipa, pa, true, None);
+                let no = self.model.donate(handle, ipa, (pa, PAGE_SIZE), true, None);
                 Self::same("VM_POPULATE", &result, &no);
             }
             5 => {
-                let result = self.on(handle, |vm, m| Ok(vm.activate(m)?));
+                let result = self.on(handle, |vm, m| vm.activate(m));
                 match self.model.activate(handle) {
                     Ok(digest) => assert_eq!(result, Ok(digest), "VM_ACTIVATE"),
                     Err(no) => Self::same("VM_ACTIVATE", &result, &no),
@@ -272,11 +263,17 @@ impl<'a> World<'a> {
             }
             6 => self.enter(handle, idx, [b, c, d, e]),
             7 => {
-                self.map(handle, place(a), some_page(b), c);
+                // One page, some, or a part of a block.
+                let part = u64::from(b % 4) * MOST;
+                let (ipa, pa, size) = match c {
+                    ..176 => (place(a), some_page(b), PAGE_SIZE),
+                    176..208 => (place(a), some_page(b), u64::from(d) * PAGE_SIZE),
+                    208..212 => (place(a), some_page(b), PAGE_SIZE + u64::from(d)),
+                    _ => (RAM + 0x20_0000 * u64::from(a % 3) + part, BLOCK + part, MOST),
+                };
+                self.map(handle, ipa, (pa, size), e);
             }
-            8 => {
-                self.unmap(handle, place(a), u64::from(b % 40));
-            }
+            8 => self.unmap(handle, place(a), u64::from(b % 40)),
             9 => {
                 let (ipa, pa) = (place(a), Pa(GICV + u64::from(b & 1) * PAGE_SIZE));
                 let result = self.on(handle, |vm, m| vm.map_device(m, ipa, pa));
@@ -284,7 +281,7 @@ impl<'a> World<'a> {
             }
             10 => {
                 let (pa, n) = (some_page(a), if b == 255 { u64::MAX } else { u64::from(b % 36) });
-                let result = self.on(handle, |vm, m| Ok(vm.donate_pool(m, pa, n)?));
+                let result = self.on(handle, |vm, m| vm.donate_pool(m, pa, n));
                 Self::same("POOL_DONATE", &result, &self.model.donate_pool(handle, pa, n));
             }
             11 => self.teardown(handle, false),
@@ -310,15 +307,14 @@ impl<'a> World<'a> {
         self.m.hw.take_events();
     }
 
-    /// PAGE_MAP; `c` says whether the host is honest about what was sealed there.
-    fn map(&mut self, handle: Handle, ipa: u64, pa: u64, c: u8) {
-        let gone = self.model.vms.get(&handle).and_then(|vm| vm.gone.get(&ipa));
-        let last = match gone {
-            Some(Gone::Sealed(number, _)) => *number,
-            _ => usize::from(c),
+    /// PAGE_MAP; `what` says whether the host is honest about what was sealed there.
+    fn map(&mut self, handle: Handle, ipa: u64, (pa, size): (u64, u64), what: u8) {
+        let gone = self.model.vms.get(&handle).and_then(|vm| vm.gone.get(&ipa)).copied();
+        let number = match gone {
+            Some(Gone::Sealed(number, _)) if what < 0xe0 => number,
+            _ => usize::from(what % 32),
         };
-        let number = if c < 0xe0 { last } else { usize::from(c - 0xe0) };
-        let host = self.model.owners.get(&pa) == Some(&Owner::Host);
+        let host = self.model.owners.get(&pa) == Some(&Owner::Host) && size == PAGE_SIZE;
         let given = self.sealed.get(number).filter(|_| host && gone.is_some());
         let mut tag = [0; 2];
         if let Some((words, is)) = given {
@@ -329,16 +325,18 @@ impl<'a> World<'a> {
             self.model.contents.insert(pa, [words[0], words[511]]);
         }
         let given = given.map(|_| number);
-        let result = self.on(handle, |vm, m| vm.map_page(m, ipa, pa, tag));
-        Self::same("PAGE_MAP", &result, &self.model.donate(handle, ipa, pa, false, given));
-        // What is between the two words that are looked at stays zero.
-        if given.is_some() {
-            let owner = self.model.owners[&pa];
-            if owner == Owner::Host {
-                self.clear(pa);
-            } else {
-                (1..511).for_each(|i| self.m.hw.poke(Pa(pa), i, 0));
+        let result = self.on(handle, |vm, m| vm.map_pages(m, ipa, pa, size, tag));
+        let no = self.model.donate(handle, ipa, (pa, size), false, given);
+        Self::same("PAGE_MAP", &result, &no);
+        // What is between the two words that are looked at is zero in all pages.
+        match self.model.owners.get(&pa) {
+            Some(Owner::Private(_)) if given.is_some() => {
+                let zero = (1..511).all(|i| self.m.hw.peek(Pa(pa), i) == 0);
+                assert!(zero, "{pa:#x} comes back changed");
             }
+            Some(Owner::Host) if given.is_some() => self.clear(pa),
+            _ if given.is_some() => (1..511).for_each(|i| self.m.hw.poke(Pa(pa), i, 0)),
+            _ => {}
         }
     }
 
@@ -350,7 +348,7 @@ impl<'a> World<'a> {
 
     /// PAGE_UNMAP; what comes sealed the host puts aside.
     fn unmap(&mut self, handle: Handle, ipa: u64, n: u64) {
-        let result = self.on(handle, |vm, m| Ok(vm.unmap_pages(m, ipa, n)?));
+        let result = self.on(handle, |vm, m| vm.unmap_pages(m, ipa, n));
         match self.model.unmap(handle, ipa, n, self.sealed.len()) {
             Err(no) => Self::same("PAGE_UNMAP", &result, &no),
             Ok(None) => assert_eq!(result, Ok((n, [0; 2])), "PAGE_UNMAP of nothing"),
@@ -374,12 +372,13 @@ impl<'a> World<'a> {
     fn create(&mut self, max_vcpus: u64, gic: u64, bits: u64) {
         let no = self.model.create(SLOTS, max_vcpus, gic, bits);
         let config = Config { ipa_bits: bits, gic, max_vcpus };
-        let mut result = Err(plain(Error::NoMemory));
+        let mut result = Err(Error::NoMemory);
         for (vm, slot) in self.vms.iter_mut().zip((0..).map(VmSlot)) {
-            match vm.create(slot, root(slot), config, 0) {
+            // One key for all: another VM's page is refused for its place.
+            match vm.create(slot, root(slot), config, 0, [7; 32]) {
                 Ok(handle) => result = Ok(handle),
                 Err(Error::Busy) => continue,
-                Err(error) => result = Err(plain(error)),
+                Err(error) => result = Err(error),
             }
             break;
         }
@@ -390,7 +389,7 @@ impl<'a> World<'a> {
     }
 
     fn vcpu_create(&mut self, handle: Handle, idx: u64, page: u64) {
-        let result = self.on(handle, |vm, m| Ok(vm.create_vcpu(m, idx, page, 0)?));
+        let result = self.on(handle, |vm, m| vm.create_vcpu(m, idx, page, 0));
         Self::same("VCPU_CREATE", &result, &self.model.vcpu_create(handle, idx, page));
         if result.is_ok() {
             let registers = Registers { x: [0; 31], pc: 0 };
@@ -448,7 +447,7 @@ impl<'a> World<'a> {
         }
     }
 
-    fn try_enter(&mut self, handle: Handle, idx: u64, entry: &Entry) -> Result<(), MapError> {
+    fn try_enter(&mut self, handle: Handle, idx: u64, entry: &Entry) -> Result<(), Error> {
         let slot = handle_slot(handle).ok_or(Error::Invalid)?;
         let vm = self.vms.get_mut(usize::from(slot.0)).ok_or(Error::Invalid)?;
         vm.check_handle(handle)?;
@@ -497,8 +496,7 @@ impl<'a> World<'a> {
     fn teardown(&mut self, handle: Handle, destroy: bool) {
         let before = self.model.pages_of(handle);
         let result =
-            self.on(handle, |vm, m| Ok(if destroy { vm.destroy(m, |_| ()) } else { vm.reset(m) }?));
-        let result = result.map_err(|error| refusal(error).0);
+            self.on(handle, |vm, m| if destroy { vm.destroy(m, |_| ()) } else { vm.reset(m) });
         let host = |pa: &u64| self.m.pages.owner(Pa(*pa)) == Some(page::Owner::Host);
         let back: Vec<_> = before.into_iter().filter(host).collect();
         for pa in &back {
@@ -525,7 +523,7 @@ impl<'a> World<'a> {
                 return Some(leaf);
             }
             match map.resolve(hw, Ipa(pa), write, fetch) {
-                Resolution::Refused => None,
+                Resolution::Refused | Resolution::Ignored => None,
                 Resolution::Retry => {
                     Some(map.lookup(hw, Ipa(pa)).filter(permits).expect("a retry that succeeds"))
                 }
@@ -577,7 +575,10 @@ impl<'a> World<'a> {
             if !entry.is_valid() {
                 return None;
             }
-            assert!(!entry.is_block());
+            if entry.is_block() {
+                let page = entry.address().offset(ipa & 0x1f_f000);
+                return Some(Leaf::page(page, Attributes::Memory));
+            }
             table = entry.address();
         }
         Some(Leaf(self.m.hw.peek(table, (ipa >> 12 & 511) as usize))).filter(|e| e.is_valid())

@@ -22,9 +22,10 @@
 //! was done before.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use havmsi_abi::Error;
 use havmsi_core::addr::{Ipa, Pa};
@@ -34,6 +35,7 @@ use havmsi_core::hw::Hardware;
 use havmsi_core::launch::{Boot as Entrypoint, Config};
 use havmsi_core::page::{Owner, Pages, VmSlot};
 use havmsi_core::ram::Range;
+use havmsi_core::seal::Tag;
 use havmsi_core::stage2::Attributes;
 use havmsi_core::vm::{Machine, Vm};
 
@@ -53,6 +55,59 @@ pub const DATA: usize = 3;
 const CONFIG: Config = Config { ipa_bits: 32, gic: 0, max_vcpus: 2 };
 const RAM: u64 = 3 << 30 | 3 << 21;
 const RAM_SIZE: u64 = 4 << 20;
+
+type Words = [u64; 512];
+
+/// Contents that no single word tells: what is sealed, by the number that stands for it
+/// in the model's memory, and the tags that came with it.
+#[derive(Default)]
+struct Contents {
+    numbers: HashMap<Arc<Words>, u64>,
+    words: Vec<Arc<Words>>,
+    tags: HashMap<u64, Tag>,
+}
+
+static CONTENTS: LazyLock<Mutex<Contents>> = LazyLock::new(Mutex::default);
+
+/// No valid entry, and no guest's secret.
+const SEALED: u64 = 1 << 62;
+
+/// Whether a page with this content holds nothing that can be read.
+#[must_use]
+pub const fn is_sealed(content: u64) -> bool {
+    content >> 62 == SEALED >> 62
+}
+
+/// What stands for a page with these words.
+fn content_of(words: Box<Words>) -> u64 {
+    if words.iter().enumerate().all(|(i, word)| *word == 0 || i == DATA) {
+        return words[DATA];
+    }
+    let mut contents = CONTENTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let words = Arc::new(*words);
+    let next = SEALED | (contents.words.len() as u64) << 2;
+    let number = *contents.numbers.entry(Arc::clone(&words)).or_insert(next);
+    if number == next {
+        contents.words.push(words);
+    }
+    number
+}
+
+/// The words of a page with this content.
+fn words_of(content: u64) -> Arc<Words> {
+    if is_sealed(content) {
+        let contents = CONTENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        return Arc::clone(&contents.words[havmsi_core::addr::index((content & !SEALED) >> 2)]);
+    }
+    let mut words = [0; 512];
+    words[DATA] = content;
+    Arc::new(words)
+}
+
+fn tag(content: u64) -> Tag {
+    let contents = CONTENTS.lock().unwrap_or_else(PoisonError::into_inner);
+    contents.tags.get(&content).copied().unwrap_or_default()
+}
 
 /// Addresses of a guest that the host maps pages at.
 #[must_use]
@@ -96,7 +151,10 @@ pub enum Op {
     Map(u8, u8, u8),
     /// Pages back: VM, first place, how many.
     Unmap(u8, u8, u8),
-    /// The same by a thin layer that takes the two locks in the wrong order.
+    /// A page where one was taken away, with what was sealed, or with something older:
+    /// VM, place, page, which ([`crate::state::State::returned`]).
+    Return(u8, u8, u8, u8),
+    /// The same as `Unmap` by a thin layer that takes the two locks in the wrong order.
     UnmapSwapped(u8, u8, u8),
     /// Table memory: VM, first page, how many.
     Pool(u8, u8, u8),
@@ -125,6 +183,7 @@ impl Op {
             | Self::Populate(vm, ..)
             | Self::Activate(vm)
             | Self::Map(vm, ..)
+            | Self::Return(vm, ..)
             | Self::Unmap(vm, ..)
             | Self::UnmapSwapped(vm, ..)
             | Self::Pool(vm, ..)
@@ -150,7 +209,7 @@ impl Op {
             return u16::MAX;
         }
         match self {
-            Self::Populate(.., page) | Self::Map(.., page) => 1 << page,
+            Self::Populate(.., page) | Self::Map(.., page) | Self::Return(.., page, _) => 1 << page,
             // Of one bank: every second number.
             Self::Pool(_, page, n) => (0b1_0101_0101 & ((1 << (2 * n)) - 1)) << page,
             Self::Vcpu(vm, idx) => 1 << run_page(vm, idx),
@@ -161,7 +220,10 @@ impl Op {
     fn carry_out(self, m: &Bench, vm: &mut Vm) -> Result<(), Error> {
         match self {
             Self::Create(n) => {
-                vm.create(VmSlot(n), root(VmSlot(n)), CONFIG, 0)?;
+                // Another one for each VM that ever was.
+                let mut key = [n; 32];
+                key[..8].copy_from_slice(&vm.handle().to_le_bytes());
+                vm.create(VmSlot(n), root(VmSlot(n)), CONFIG, 0, key)?;
                 vm.add_ram(RAM, RAM_SIZE)?;
             }
             Self::Vcpu(n, idx) => {
@@ -174,12 +236,20 @@ impl Op {
             }
             Self::Activate(_) => drop(vm.activate(m)?),
             Self::Map(_, at, pa) => vm.map_page(m, place(at).0, page(pa).0, [0; 2])?,
-            Self::Unmap(_, at, n) => drop(vm.unmap_pages(m, place(at).0, u64::from(n))?),
+            Self::Return(_, at, pa, _) => {
+                let tag = tag(m.run.borrow().as_ref().map_or(0, |run| run.given));
+                vm.map_page(m, place(at).0, page(pa).0, tag)?;
+            }
+            Self::Unmap(_, at, n) => {
+                let (_, tag) = vm.unmap_pages(m, place(at).0, u64::from(n))?;
+                m.sealed(tag);
+            }
             Self::UnmapSwapped(_, at, n) => {
                 m.stop(Stop::LockMap);
                 m.map_held.set(true);
                 m.stop(Stop::LockVm);
-                vm.unmap_pages(m, place(at).0, u64::from(n))?;
+                let (_, tag) = vm.unmap_pages(m, place(at).0, u64::from(n))?;
+                m.sealed(tag);
                 m.free_map();
             }
             Self::Pool(_, pa, n) => vm.donate_pool(m, page(pa).0, u64::from(n))?,
@@ -219,8 +289,8 @@ pub enum Stop {
     Zero(Pa),
     /// A page is copied out.
     Copy(Pa),
-    /// A page is encrypted: of what was in it nothing is left, as if it was wiped.
-    Seal(Pa),
+    /// A page is encrypted or decrypted, or found to be neither: what is in it now.
+    Change(Pa, u64),
     /// All instruction caches forget.
     InvalidateIcache,
     /// The host's TLBs forget so many bytes from an address on.
@@ -237,7 +307,7 @@ impl Stop {
     /// Whether memory changes.
     #[must_use]
     pub const fn changes_memory(self) -> bool {
-        matches!(self, Self::Write(..) | Self::Zero(_) | Self::Seal(_))
+        matches!(self, Self::Write(..) | Self::Zero(_) | Self::Change(..))
     }
 }
 
@@ -277,6 +347,8 @@ pub struct Call {
     pub next: Stop,
     /// What a copied page had as its content.
     pub copied: u64,
+    /// The content that the host gives back.
+    pub given: u64,
     /// It changed memory.
     pub acted: bool,
 }
@@ -330,6 +402,13 @@ struct Run {
     read: Vec<u64>,
     /// The page that is being measured: what is read there is no table's.
     measured: Option<Pa>,
+    /// All words of it.
+    words: Arc<Words>,
+    /// The words that are written there.
+    written: Option<Box<Words>>,
+    /// What that came to.
+    changed: u64,
+    given: u64,
 }
 
 /// Unwinds a call to where it was taken up.
@@ -496,6 +575,10 @@ impl Bench {
             map_freed: false,
             read: Vec::new(),
             measured: None,
+            words: Arc::new([0; 512]),
+            written: None,
+            changed: 0,
+            given: call.given,
         }));
         self.map_held.set(false);
         let mut vm = Box::new(vm.clone());
@@ -586,6 +669,31 @@ impl Bench {
         value
     }
 
+    fn is_measured(&self, page: Pa) -> bool {
+        self.run.borrow().as_ref().is_some_and(|run| run.measured == Some(page))
+    }
+
+    /// A word of a page that is measured, from the first one on: seen as the one word that
+    /// stands for all.
+    fn read_content(&self, page: Pa, index: usize) -> u64 {
+        if index == 0 {
+            let content = self.see(|run, boot| run.memory.get(boot, word(page, DATA)));
+            if let Some(run) = self.run.borrow_mut().as_mut() {
+                run.words = words_of(content);
+            }
+        }
+        self.run.borrow().as_ref().map_or(0, |run| run.words[index])
+    }
+
+    /// What was sealed has this tag.
+    fn sealed(&self, tag: Tag) {
+        if let Some(run) = self.run.borrow().as_ref()
+            && is_sealed(run.changed)
+        {
+            CONTENTS.lock().unwrap_or_else(PoisonError::into_inner).tags.insert(run.changed, tag);
+        }
+    }
+
     fn free_map(&self) {
         if let Some(run) = self.run.borrow_mut().as_mut() {
             run.map_freed = run.live;
@@ -595,9 +703,11 @@ impl Bench {
 
 impl Hardware for Bench {
     fn read_entry(&self, table: Pa, index: usize) -> u64 {
+        if self.is_measured(table) {
+            return self.read_content(table, index);
+        }
         if let Some(run) = self.run.borrow_mut().as_mut()
             && run.live
-            && run.measured != Some(table)
             && run.read.last() != Some(&table.0)
         {
             run.read.push(table.0);
@@ -606,17 +716,14 @@ impl Hardware for Bench {
     }
 
     fn write_entry(&self, table: Pa, index: usize, value: u64) {
-        let changed = self.run.borrow().as_ref().is_some_and(|run| run.measured == Some(table));
-        if !changed {
-            self.stop(Stop::Write(table, index, value));
-            return self.stop(Stop::Done);
+        if self.is_measured(table)
+            && let Some(run) = self.run.borrow_mut().as_mut()
+        {
+            run.written.get_or_insert_with(|| Box::new([0; 512]))[index] = value;
+            return;
         }
-        // A page's content, word by word. What comes from the host never has the right
-        // tag, and stays as it is.
-        let op = self.run.borrow().as_ref().map(|run| run.op);
-        if index == DATA && matches!(op, Some(Op::Unmap(..) | Op::UnmapSwapped(..))) {
-            self.stop(Stop::Seal(table));
-        }
+        self.stop(Stop::Write(table, index, value));
+        self.stop(Stop::Done);
     }
 
     fn zero_page(&self, page: Pa) {
@@ -624,6 +731,14 @@ impl Hardware for Bench {
     }
 
     fn flush_page(&self, page: Pa) {
+        let written = self.run.borrow_mut().as_mut().and_then(|run| run.written.take());
+        if let Some(words) = written {
+            let content = content_of(words);
+            if let Some(run) = self.run.borrow_mut().as_mut() {
+                (run.measured, run.changed) = (None, content);
+            }
+            return self.stop(Stop::Change(page, content));
+        }
         self.stop(Stop::Copy(page));
         if let Some(run) = self.run.borrow_mut().as_mut() {
             run.measured = Some(page);
@@ -657,10 +772,6 @@ impl Machine for Bench {
 
     fn hw(&self) -> &Self {
         self
-    }
-
-    fn random(&self) -> Option<[u64; 4]> {
-        Some([1; 4])
     }
 
     fn pages(&self) -> &Pages<'_> {

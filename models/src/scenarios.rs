@@ -33,6 +33,12 @@ fn unmap(vm: u8, places: u8) -> impl Iterator<Item = Op> {
     (0..places).map(move |at| Op::Unmap(vm, at, 1))
 }
 
+fn give_back(vm: u8, places: u8, pages: u8, whats: &'static [u8]) -> impl Iterator<Item = Op> {
+    let page = move |at| (0..pages).map(move |page| (at, page));
+    let returns = move |(at, page)| whats.iter().map(move |what| Op::Return(vm, at, page, *what));
+    (0..places).flat_map(page).flat_map(returns)
+}
+
 fn run(vm: u8, vcpus: u8) -> impl Iterator<Item = Op> {
     (0..vcpus).flat_map(move |idx| [Op::Enter(vm, idx), Op::Leave(vm, idx)])
 }
@@ -49,6 +55,7 @@ fn scenario(name: &'static str, what: &'static str, pages: u8, calls: Vec<Op>) -
         calls,
         eager: true,
         generations: 1,
+        seals: 1,
         cpus: 2,
         pages,
     }
@@ -57,7 +64,9 @@ fn scenario(name: &'static str, what: &'static str, pages: u8, calls: Vec<Op>) -
 /// Pages come and go.
 #[must_use]
 pub fn pages(pages: u8) -> Scenario {
-    let mut calls = each_vm(|vm| map(vm, 1, pages).chain(unmap(vm, 1)).chain(run(vm, 1)));
+    let mut calls = each_vm(|vm| {
+        map(vm, 1, pages).chain(unmap(vm, 1)).chain(give_back(vm, 1, pages, &[0])).chain(run(vm, 1))
+    });
     calls.extend((0..pages).map(Op::Fault));
     scenario("pages", "pages come and go while guests run", pages, calls)
 }
@@ -67,6 +76,22 @@ pub fn pages(pages: u8) -> Scenario {
 pub fn stores(n: u8) -> Scenario {
     let what = "pages come and go; each store of host, device or guest is a step";
     Scenario { name: "stores", what, eager: false, ..pages(n) }
+}
+
+/// Pages are sealed and come back, where they were or not, as they were or not.
+#[must_use]
+pub fn seals(places: u8, pages: u8) -> Scenario {
+    let calls = map(0, places, pages)
+        .chain(unmap(0, places))
+        .chain(give_back(0, places, pages, &[0, 1, 2, 3]))
+        .chain(run(0, 1))
+        .chain([Op::Reset(0), Op::Boot(0), Op::Activate(0)])
+        .chain(map(1, 1, 1))
+        .chain(unmap(1, 1))
+        .chain(run(1, 1))
+        .collect();
+    let scenario = scenario("seals", "pages are sealed, and come back or others do", pages, calls);
+    Scenario { seals: 2, ..scenario }
 }
 
 /// Each VM has several places, that share tables and that don't.
@@ -182,9 +207,18 @@ pub fn no_lock() -> Scenario {
 pub fn list(deep: bool) -> Vec<Scenario> {
     if deep {
         let three_cpus = Scenario { cpus: 3, ..pages(3) };
-        let wide = [stores(4), places(3, 2), launch(4), life(4), pool(2), boot(2), three_cpus];
-        wide.into_iter().chain([all(3, 2, 4)]).collect()
+        let wide = [stores(3), places(3, 2), launch(3), life(3), pool(2), boot(2), three_cpus];
+        wide.into_iter().chain([seals(2, 2), all(3, 2, 4)]).collect()
     } else {
-        vec![pages(4), stores(3), places(2, 2), launch(2), life(2), pool(1), boot(1)]
+        vec![
+            pages(2),
+            stores(1),
+            seals(1, 2),
+            places(2, 1),
+            launch(1),
+            life(2),
+            pool(1),
+            boot(1),
+        ]
     }
 }

@@ -10,7 +10,8 @@ use havmsi_core::stage2::{Attributes, Entry};
 use havmsi_core::vm::Vm;
 
 use crate::call::{
-    Call, DATA, MOVING, Op, Outcome, PAGES, Records, Stop, number, page, place, with_bench,
+    Call, DATA, MOVING, Op, Outcome, PAGES, Records, Stop, is_sealed, number, page, place,
+    with_bench,
 };
 use crate::memory::{Memory, word};
 use crate::tlb::{Below, Stale, Trees, World};
@@ -54,8 +55,8 @@ pub enum Cpu {
 pub enum Expected {
     /// Nothing is there yet.
     Nothing,
-    /// The host took it away: nothing may come there.
-    Gone,
+    /// The host took this away, sealed as that: nothing else may come there.
+    Gone(u64, u64),
     /// This.
     Content(u64),
 }
@@ -109,6 +110,10 @@ pub struct State {
     pub cpus: [Cpu; CPUS],
     /// What guests must find.
     expected: [[Expected; PLACES]; 2],
+    /// What the host keeps of pages that it took away from there: the last, the one before.
+    kept: [[[u64; 2]; PLACES]; 2],
+    /// How many pages of each VM were sealed.
+    sealed: [u8; 2],
     /// What does not hold.
     pub broken: u16,
     /// The first such thing.
@@ -144,6 +149,8 @@ impl State {
             map_lock: None,
             cpus: std::array::from_fn(|i| if i < cpus { Cpu::Host } else { Cpu::Absent }),
             expected: [[Expected::Nothing; PLACES]; 2],
+            kept: [[[0; 2]; PLACES]; 2],
+            sealed: [0; 2],
             broken: 0,
             why: None,
         }
@@ -196,8 +203,32 @@ impl State {
             self.cpus[cpu] = Cpu::Host;
         }
         let vm = op.vm().filter(|_| op.locks_vm_first()).map(|vm| self.vms[usize::from(vm)]);
-        let call = Call { op, vm, seen: Arc::default(), next: Stop::Look, copied: 0, acted: false };
+        let given = self.returned(op).unwrap_or(0);
+        let (seen, next) = (Arc::default(), Stop::Look);
+        let call = Call { op, vm, seen, next, copied: 0, given, acted: false };
         self.go_on(k, cpu, call, None);
+    }
+
+    /// What the host gives back by [`Op::Return`], if the place is one where a page was
+    /// taken away (else it is a [`Op::Map`]): 0 what was sealed there last, 1 what was
+    /// before, 2 what was last at the next place, 3 what the other VM had there.
+    #[must_use]
+    pub fn returned(&self, op: Op) -> Option<u64> {
+        let Op::Return(vm, at, _, which) = op else { return None };
+        let (vm, at) = (usize::from(vm), usize::from(at));
+        let content = match which {
+            0 | 1 => self.kept[vm][at][usize::from(which)],
+            2 => self.kept[vm][(at + 1) % PLACES][0],
+            _ => self.kept[1 - vm][at][0],
+        };
+        let gone = matches!(self.expected[vm][at], Expected::Gone(..));
+        (gone && content != 0).then_some(content)
+    }
+
+    /// How many pages of a VM were sealed.
+    #[must_use]
+    pub fn seals(&self, vm: u8) -> u8 {
+        self.sealed[usize::from(vm)]
     }
 
     /// The next step of a call.
@@ -208,10 +239,16 @@ impl State {
         self.go_on(k, cpu, call, Some(turn));
     }
 
-    /// The host writes to a page, or a device.
+    /// The host writes to a page, or a device: what it is about to give back, or an entry.
     pub fn host_stores(&mut self, k: &impl Known, n: u8) {
+        let given = self.cpus.iter().find_map(|cpu| match cpu {
+            Cpu::Monitor(Call { op: Op::Return(_, _, page, _), given, .. }) if *page == n => {
+                Some(*given)
+            }
+            _ => None,
+        });
         let at = word(page(n), DATA);
-        self.memory.set(k.trees().boot(), at, forged());
+        self.memory.set(k.trees().boot(), at, given.unwrap_or(forged()));
     }
 
     fn go_on(&mut self, k: &impl Known, cpu: usize, mut call: Call, turn: Option<Stop>) {
@@ -263,6 +300,9 @@ impl State {
                 });
             }
             self.vms[usize::from(call.op.vm().unwrap_or(0))] = after;
+        }
+        if let (Op::Destroy(vm), Ok(())) = (call.op, result) {
+            self.sealed[usize::from(vm)] = 0;
         }
         if let (Op::Enter(vm, idx), Ok(())) = (call.op, result) {
             self.cpus[cpu] = Cpu::Guest(vm, idx);
@@ -318,11 +358,24 @@ impl State {
             Stop::LockMap => self.map_lock = Some(cpu.to_le_bytes()[0]),
             Stop::LockVm => call.vm = call.op.vm().map(|vm| self.vms[usize::from(vm)]),
             Stop::Write(table, i, value) => self.write(k, cpu, call, word(table, i), value),
-            Stop::Zero(pa) | Stop::Seal(pa) => {
+            Stop::Zero(pa) => {
                 self.unused(k, cpu, pa, "wiped");
                 self.memory.clear(pa.0);
                 if let Some(n) = number(pa.0) {
                     self.code |= 1 << n;
+                }
+            }
+            Stop::Change(pa, content) => {
+                self.unused(k, cpu, pa, "encrypted");
+                let (boot, at) = (k.trees().boot(), word(pa, DATA));
+                let before = self.memory.get(boot, at);
+                self.memory.clear(pa.0);
+                self.memory.set(boot, at, content);
+                if let (Op::Unmap(vm, ..) | Op::UnmapSwapped(vm, ..), Some(n)) =
+                    (call.op, number(pa.0))
+                {
+                    self.code |= 1 << n;
+                    self.note_seal(usize::from(vm), before, content);
                 }
             }
             Stop::Copy(pa) => {
@@ -347,6 +400,24 @@ impl State {
                 }
             }
         }
+    }
+
+    /// What was in a page of a VM is sealed: the host has it from now on.
+    fn note_seal(&mut self, vm: usize, before: u64, content: u64) {
+        self.sealed[vm] += 1;
+        let unsealed = |expected: &Expected| matches!(expected, Expected::Gone(_, 0));
+        let Some(at) = self.expected[vm].iter().position(unsealed) else { return };
+        if let Expected::Gone(was, _) = self.expected[vm][at]
+            && before != was
+            && before != secret(vm.to_le_bytes()[0])
+        {
+            self.break_promise(Broken::I7, || {
+                format!("{before:#x} is sealed, the guest had {was:#x} in place {at}")
+            });
+        }
+        self.expected[vm][at] = Expected::Gone(before, content);
+        let kept = &mut self.kept[vm][at];
+        *kept = [content, kept[0]];
     }
 
     fn forget(&mut self, Ipa(ipa): Ipa, size: u64, world: World) {
@@ -442,9 +513,14 @@ impl State {
     fn shown(&mut self, entry: Entry) {
         let Some(n) = number(entry.address().0) else { return };
         let was = self.claims[n].1;
-        let words = self.memory.page(entry.address().0).len();
-        if matches!(kind(was), Kind::Table(_) | Kind::Private(_)) && words != 0 {
-            self.break_promise(Broken::I5, || format!("page {n} goes to the host unwiped"));
+        let words = self.memory.page(entry.address().0);
+        let hidden = match kind(was) {
+            Kind::Private(_) => words.iter().all(|(_, word)| is_sealed(*word)),
+            Kind::Table(_) => words.is_empty(),
+            Kind::Monitor | Kind::Host | Kind::RunPage | Kind::Moving => true,
+        };
+        if !hidden {
+            self.break_promise(Broken::I5, || format!("page {n} goes to the host as it is"));
         }
     }
 
@@ -456,14 +532,17 @@ impl State {
         let teardown = matches!(call.op, Op::Reset(_) | Op::Destroy(_));
         *expected = match (new.is_valid(), was) {
             (true, _) if matches!(call.op, Op::Populate(..)) => Expected::Content(call.copied),
+            (true, Expected::Gone(content, _)) => Expected::Content(content),
             (true, _) => Expected::Content(0),
             (false, _) if teardown => Expected::Nothing,
-            (false, Expected::Content(_)) => Expected::Gone,
+            (false, Expected::Content(content)) => Expected::Gone(content, 0),
             (false, was) => was,
         };
-        if new.is_valid() && was == Expected::Gone {
+        if let (true, Expected::Gone(_, sealed)) = (new.is_valid(), was)
+            && (call.given != sealed || !matches!(call.op, Op::Return(..)))
+        {
             self.break_promise(Broken::I4, || {
-                format!("a page comes to {ipa:#x} of VM {vm}, where one was taken away")
+                format!("a page comes to {ipa:#x} of VM {vm}, where another was taken away")
             });
         }
     }

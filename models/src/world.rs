@@ -33,6 +33,8 @@ pub struct Scenario {
     pub eager: bool,
     /// VMs that may be created in a slot, one after the other.
     pub generations: u64,
+    /// Pages of each VM that may be sealed.
+    pub seals: u8,
     /// CPUs.
     pub cpus: usize,
     /// Pages that hosts and devices write to, if not eagerly to all: from 0 on.
@@ -183,6 +185,10 @@ impl Small {
             (Cpu::Host, Op::Create(vm)) => {
                 let vm = self.vm(state.vms[usize::from(vm)]);
                 vm.exists() || vm.handle() >> 16 < self.scenario.generations
+            }
+            (Cpu::Host, Op::Return(..)) => state.returned(op).is_some(),
+            (Cpu::Host, Op::Unmap(vm, ..) | Op::UnmapSwapped(vm, ..)) => {
+                state.seals(vm) < self.scenario.seals
             }
             (Cpu::Host, _) => true,
         };

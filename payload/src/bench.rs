@@ -133,16 +133,24 @@ fn pages() -> Result<(), Failure> {
     let (vm, _vcpu) = Vm::launch(bench_stores(), [0; 4])?;
     vm.map(FREE)?;
     let places = || (FREE..).step_by(4096).skip(1).take(ROUNDS);
+    let pages = memory::take(ROUNDS as u64);
+    let pages = || (pages..).step_by(4096);
     let start = cpu::now();
-    for ipa in places() {
-        vm.call(Function::PageMap, &[ipa, memory::take(1), 4096])?;
+    for (ipa, page) in places().zip(pages()) {
+        vm.call(Function::PageMap, &[ipa, page, 4096])?;
     }
     report("page-map", cpu::now() - start, ROUNDS);
+    let mut tags = [[0; 2]; ROUNDS];
     let start = cpu::now();
-    for ipa in places() {
-        vm.call(Function::PageUnmap, &[ipa, 1])?;
+    for (ipa, tag) in places().zip(&mut tags) {
+        *tag = vm.take_back(ipa)?;
     }
-    report("page-unmap", cpu::now() - start, ROUNDS);
+    report("page-seal", cpu::now() - start, ROUNDS);
+    let start = cpu::now();
+    for ((ipa, page), tag) in places().zip(pages()).zip(tags) {
+        vm.give(ipa, page, tag)?;
+    }
+    report("page-unseal", cpu::now() - start, ROUNDS);
     vm.destroy()
 }
 

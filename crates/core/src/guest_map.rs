@@ -101,6 +101,7 @@ impl GuestMap {
             return Err(Error::Invalid);
         }
         left_out!(Occupied => if self.find(hw, ipa).is_ok() { return Ok(()) });
+        left_out!(LostRun => if size > PAGE_SIZE { return Ok(()) });
         let used = |(table, slot)| {
             let mut entries =
                 (slot..slot + index(size / PAGE_SIZE)).map(|i| hw.read_entry(table, i));

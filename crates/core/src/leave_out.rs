@@ -56,6 +56,8 @@ checks! {
     GuestTlb,
     /// a page can come where one was taken away
     Lost,
+    /// many pages can come at once where one was taken away
+    LostRun,
     /// a page that is taken back is not encrypted
     Seal,
     /// what comes back for a sealed page is decrypted, whatever it is

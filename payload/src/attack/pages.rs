@@ -301,6 +301,38 @@ fn moved(_: &mut Victim) -> Outcome {
 }
 attack!(moved, "t12::moved");
 
+/// What another VM had at the same address.
+fn of_another(_: &mut Victim) -> Outcome {
+    let (mut victim, mut other) = (Victim::new()?, Victim::new()?);
+    victim.wrong(2)?;
+    other.wrong(2)?;
+    victim.vm.take_back(FREE + 0x1000)?;
+    let tag = other.vm.take_back(FREE + 0x1000)?;
+    let result = victim.vm.give(FREE + 0x1000, other.pages[1], tag);
+    if result.is_err() {
+        return verdict(false, format_args!("PAGE_MAP: {result:?}"));
+    }
+    victim.harmed(2, format_args!("PAGE_MAP: {result:?}"))
+}
+attack!(of_another, "t12::of_another");
+
+/// A page taken back, and fresh ones given in its place, from the one before it on.
+fn among_others(_: &mut Victim) -> Outcome {
+    let (vm, mut vcpu) = Vm::launch(tally(), [FREE + 0x1000, 0, 0, 0])?;
+    vm.map(FREE + 0x1000)?;
+    let first = vcpu.report(0)?;
+    vcpu.report(0)?;
+    vm.take_back(FREE + 0x1000)?;
+    let result = vm.call(Function::PageMap, &[FREE, take(3), 3 * 4096]);
+    if result.is_err() {
+        return verdict(false, format_args!("PAGE_MAP: {result:?}"));
+    }
+    let seen = vcpu.report(0)?;
+    let text = format_args!("PAGE_MAP: {result:?}; after {first} and more the guest counts {seen}");
+    verdict(seen <= first + 1, text)
+}
+attack!(among_others, "t12::among_others");
+
 guest_program!(
     tally,
     // Counts in the page that x0 names.

@@ -71,6 +71,8 @@ pub const TABLE: &[Attack] = &[
     attack("T12", "t12::tampered", "Tag", "a bit of a sealed page is changed before it comes back"),
     attack("T12", "t12::replayed", "Version", "an older sealed form of a page comes back"),
     attack("T12", "t12::moved", "Tag", "two sealed pages come back each in the other's place"),
+    attack("T12", "t12::of_another", "Tag", "a sealed page of another VM's comes back"),
+    attack("T12", "t12::among_others", "LostRun", "fresh pages are given all at once, one of them where a page was taken back"),
     attack("T13", "t13::host", "HostTlb", "a CPU of the host's goes on storing to a page while it is donated"),
     attack("T13", "t13::guest", "GuestTlb", "a guest goes on storing to a page that was taken from it"),
     attack("T14", "t14::fw_cfg", "HostDevices", "fw_cfg's DMA register writes over the victim's page"),

@@ -14,19 +14,21 @@ use crate::{ensure, gic};
 
 /// The errors that a call may give, as `docs/abi.md` has them.
 const fn errors(function: Function) -> &'static [Error] {
-    use Error::{Again, Busy, Denied, Invalid, NoMemory, State};
+    use Error::{Again, Busy, Denied, Integrity, Invalid, NoMemory, State};
     match function {
         Function::Version | Function::CpuInfo | Function::Stats => &[],
         Function::HostReset => &[Again, Busy],
         Function::TimerLoad => &[Invalid],
         Function::VmCreate => &[Invalid, NoMemory],
-        Function::VmAddRam => &[Invalid, State, NoMemory],
-        Function::VcpuCreate => &[Invalid, State, Denied, Again, NoMemory],
-        Function::VcpuSetBoot | Function::VmActivate | Function::PageUnmap => &[Invalid, State],
-        Function::VmPopulate | Function::PageMap => &[Invalid, State, Denied, Again, NoMemory],
-        Function::VcpuRun => &[Invalid, State, Busy],
-        Function::MapDev => &[Invalid, Denied, State, NoMemory],
-        Function::PoolDonate => &[Invalid, State, Denied, Again],
+        Function::VmAddRam => &[Invalid, State, Integrity, NoMemory],
+        Function::VcpuCreate | Function::VmPopulate | Function::PageMap => {
+            &[Invalid, State, Integrity, Denied, Again, NoMemory]
+        }
+        Function::VcpuSetBoot | Function::VmActivate => &[Invalid, State, Integrity],
+        Function::PageUnmap => &[Invalid],
+        Function::VcpuRun => &[Invalid, State, Integrity, Busy],
+        Function::MapDev => &[Invalid, Denied, State, Integrity, NoMemory],
+        Function::PoolDonate => &[Invalid, State, Integrity, Denied, Again],
         Function::VmReset | Function::VmDestroy => &[Invalid, State, Busy, Again],
     }
 }

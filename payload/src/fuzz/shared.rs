@@ -11,7 +11,7 @@ use super::{Cpu, index, is_magic, touch, world};
 use crate::guest::{PORT, RAM, VECTORS_AT};
 use crate::harness::{Failure, Outcome};
 use crate::memory;
-use crate::smc::{AGAIN, BUSY, DENIED, INVALID, Refusal, STATE};
+use crate::smc::{AGAIN, BUSY, DENIED, INTEGRITY, INVALID, Refusal, STATE};
 use crate::{ensure, gic};
 
 /// Bytes of RAM.
@@ -26,6 +26,8 @@ pub struct Shared {
     /// Why each vCPU stopped last.
     classes: [u64; 2],
     left: u64,
+    /// A place that this CPU has filled, and with which page.
+    filled: (u64, u64),
 }
 
 /// A page of RAM, mostly; one in two is of the few to which the guest writes.
@@ -42,7 +44,8 @@ pub fn ipa(cpu: &mut Cpu) -> u64 {
 
 impl Shared {
     /// None yet.
-    pub const NONE: Self = Self { handle: 0, run_pages: [0; 2], classes: [0; 2], left: 0 };
+    pub const NONE: Self =
+        Self { handle: 0, run_pages: [0; 2], classes: [0; 2], left: 0, filled: (0, 0) };
 
     fn build(&mut self, cpu: &mut Cpu, which: u64) -> Outcome {
         let known = &world::SHARED[cpu.number][index(which)];
@@ -151,7 +154,7 @@ impl Shared {
         let answer = checked(Function::VcpuRun, &[self.handle, idx as u64])?;
         let Ok([class, ..]) = answer else {
             // Nothing to run, or not with this answer.
-            let stuck = answer == Err(STATE) || cpu.random.once_in(4);
+            let stuck = matches!(answer, Err(STATE | INTEGRITY)) || cpu.random.once_in(4);
             if stuck && !self.is_lost(cpu, which)? {
                 self.left /= 2;
             }
@@ -181,9 +184,11 @@ impl Shared {
                         let page = world::any_common(&mut cpu.random);
                         let _ = checked(Function::PoolDonate, &[self.handle, page, 1])?;
                     }
-                    // Its page was taken away: the guest never goes on.
                     Err(DENIED) => self.left /= 2,
-                    _ => {}
+                    // Its page was taken away, and this is not it.
+                    Err(INTEGRITY) => self.left = 0,
+                    Ok(_) => self.filled = (args[1], page),
+                    Err(_) => {}
                 }
             }
             _ => {}
@@ -220,8 +225,20 @@ impl Shared {
                 let _ = checked(Function::PageMap, &args)?;
             }
             2 => {
-                let args = [vm, ipa(cpu), cpu.random.below(5)];
-                let _ = checked(Function::PageUnmap, &args)?;
+                let (filled, page) = self.filled;
+                let (ipa, n) = (ipa(cpu), cpu.random.below(5));
+                let (ipa, n) = if cpu.random.once_in(4) { (ipa, n) } else { (filled, 1) };
+                let answer = checked(Function::PageUnmap, &[vm, ipa, n])?;
+                // At once, mostly, and if nobody else was quicker. The audit of debug builds
+                // and the guest see to it that nothing else comes in its place.
+                if let Ok([done, low, high, _]) = answer
+                    && ipa == filled
+                    && done == 1
+                    && !cpu.random.once_in(8)
+                {
+                    let args = [vm, ipa, page, PAGE_SIZE, low, high];
+                    let _ = checked(Function::PageMap, &args)?;
+                }
             }
             _ => self.run(cpu, which)?,
         }

@@ -7,11 +7,11 @@ use havmsi_abi::{EntryFlags, ExitClass, Function, PAGE_SIZE};
 
 use super::guests::FOUND;
 use super::world::{self, Known, LAST_WORD};
-use super::{Cpu, guests, host, index};
+use super::{Cpu, guests, host, index, is_magic};
 use crate::guest::{Exit, PORT, RAM, VECTORS_AT, Vcpu};
 use crate::harness::{Failure, Outcome};
 use crate::memory::{self, PATTERN};
-use crate::smc::{AGAIN, DENIED, INVALID, NO_SLOT, Refusal, STATE};
+use crate::smc::{AGAIN, DENIED, INTEGRITY, INVALID, NO_SLOT, Refusal, STATE};
 use crate::{ensure, expect, gic};
 
 /// Private pages that no call ever names.
@@ -42,6 +42,8 @@ enum Use {
     Table,
     /// A run page.
     Lent,
+    /// The host's, and holds sealed memory of the VM.
+    Sealed,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,7 +52,9 @@ enum Place {
     Free,
     /// This page.
     Mapped(u8),
-    /// Something was there.
+    /// The host has it, with this tag.
+    Taken(u8, [u64; 2]),
+    /// The host had it, and has changed it.
     Lost,
 }
 
@@ -246,6 +250,12 @@ impl Solo {
         let page = self.pages[i].0;
         let what = (page..page + LAST_WORD).step_by(8).find(|at| memory::read(*at) != 0);
         ensure!(what.is_none(), "{what:x?} came back and holds something");
+        self.refill(i)
+    }
+
+    /// A page that is the host's is as the others are.
+    fn refill(&mut self, i: usize) -> Outcome {
+        let page = self.pages[i].0;
         let fault = memory::poke(page, 0).err();
         ensure!(fault.is_none(), "{page:#x} came back, and a write gives {fault:x?}");
         memory::fill(page, PATTERN);
@@ -269,9 +279,14 @@ impl Solo {
         // This CPU's TLB knows it.
         memory::write(page, PATTERN ^ page);
         let args = [ipa, page, PAGE_SIZE];
-        if self.places[index(place)] != Place::Free {
-            must!(self.call(Function::PageMap, &args), Err(DENIED));
-            return Self::untouched(page);
+        match self.places[index(place)] {
+            Place::Free => {}
+            Place::Mapped(_) => {
+                must!(self.call(Function::PageMap, &args), Err(DENIED));
+                return Self::untouched(page);
+            }
+            Place::Taken(from, tag) => return self.give(cpu, place, usize::from(from), tag),
+            Place::Lost => return self.forge(place, page, [0; 2]),
         }
         self.pages[i].1 = Use::Private;
         match self.call(Function::PageMap, &args) {
@@ -286,23 +301,94 @@ impl Solo {
         self.gone(page)
     }
 
+    /// Gives back what the host took from `place`, which is in page number `from`: there,
+    /// in another page, or, now and then, not as it was.
+    fn give(&mut self, cpu: &mut Cpu, place: u64, from: usize, tag: [u64; 2]) -> Outcome {
+        let ipa = DATA + place * PAGE_SIZE;
+        let sealed = self.pages[from].0;
+        let [low, high] = tag;
+        // Others write to the hammered one.
+        let to = self.choose_last()?;
+        let other = self.pages[to].0;
+        match cpu.random.below(16) {
+            0 => return self.forge(place, other, tag),
+            1 => return self.forge(place, sealed, [low ^ 1 << cpu.random.below(64), high]),
+            2 => {
+                let at = sealed + cpu.random.below(512) * 8;
+                memory::write(at, memory::read(at) ^ 1 << cpu.random.below(64));
+                return self.forge(place, sealed, tag);
+            }
+            // As part of more; which may be in motion, or not the host's.
+            3 => {
+                let answer = self.call(Function::PageMap, &[ipa, other, 2 * PAGE_SIZE, low, high]);
+                ensure!(
+                    matches!(answer, Err(DENIED | AGAIN)),
+                    "two pages at {ipa:#x}: {answer:x?}"
+                );
+                return Self::untouched(other);
+            }
+            _ => {}
+        }
+        let to = if cpu.random.once_in(2) {
+            from
+        } else {
+            memory::copy(sealed, other);
+            self.refill(from)?;
+            to
+        };
+        let page = self.pages[to].0;
+        must!(self.call(Function::PageMap, &[ipa, page, PAGE_SIZE, low, high]), Ok(()));
+        self.pages[to].1 = Use::Private;
+        self.places[index(place)] = Place::Mapped(to.to_le_bytes()[0]);
+        self.gone(page)
+    }
+
+    /// Gives what was not taken from `place`: the VM stops, the page stays as it is.
+    fn forge(&mut self, place: u64, page: u64, [low, high]: [u64; 2]) -> Outcome {
+        let words = [8, 0x800, LAST_WORD - 8].map(|at| page + at);
+        let before = words.map(memory::read);
+        let args = [DATA + place * PAGE_SIZE, page, PAGE_SIZE, low, high];
+        must!(self.call(Function::PageMap, &args), Err(INTEGRITY));
+        expect!(words.map(memory::read), before);
+        must!(self.call(Function::PageMap, &args), Err(INTEGRITY));
+        must!(self.call(Function::VcpuRun, &[0]), Err(INTEGRITY));
+        self.runs = 0;
+        Ok(())
+    }
+
     fn unmap(&mut self, cpu: &mut Cpu) -> Outcome {
         let first = cpu.random.below(PLACES);
         let n = cpu.random.below(4).min(PLACES - first);
-        must!(self.call(Function::PageUnmap, &[DATA + first * PAGE_SIZE, n]), Ok(()));
-        for place in first..first + n {
-            if let Place::Mapped(i) = self.places[index(place)] {
-                self.places[index(place)] = Place::Lost;
-                self.back(usize::from(i))?;
-            }
+        let answer = self.call(Function::PageUnmap, &[DATA + first * PAGE_SIZE, n])?;
+        let mapped = (first..first + n).find_map(|place| match self.places[index(place)] {
+            Place::Mapped(i) => Some((place, i)),
+            _ => None,
+        });
+        let Some((place, i)) = mapped else {
+            expect!(answer, [n, 0, 0, 0]);
+            return Ok(());
+        };
+        let [done, low, high, _] = answer;
+        expect!(done, place - first + 1);
+        let (i, page) = (usize::from(i), self.pages[usize::from(i)].0);
+        if page == world::private(cpu.number, world::HAMMERED) {
+            let found = (page..page + LAST_WORD).step_by(8).any(|at| is_magic(memory::read(at)));
+            ensure!(!found, "{page:#x} came back with a guest's memory");
+            self.places[index(place)] = Place::Lost;
+            return self.refill(i);
         }
+        ensure!(memory::is_sealed(page), "{page:#x} came back and is not sealed");
+        self.places[index(place)] = Place::Taken(i.to_le_bytes()[0], [low, high]);
+        self.pages[i].1 = Use::Sealed;
         Ok(())
     }
 
     fn all_back(&mut self, kind: Use) -> Outcome {
         for i in 0..self.count {
-            if self.pages[i].1 == kind {
-                self.back(i)?;
+            match self.pages[i].1 {
+                Use::Sealed => self.refill(i)?,
+                used if used == kind => self.back(i)?,
+                _ => {}
             }
         }
         Ok(())
@@ -424,10 +510,6 @@ impl Solo {
                 ensure!(place < PLACES && exit.ipa.is_multiple_of(PAGE_SIZE), "{exit:x?}");
                 let mapped = matches!(self.places[index(place)], Place::Mapped(_));
                 ensure!(!mapped, "a fault where a page is mapped: {exit:x?}");
-                if self.places[index(place)] == Place::Lost {
-                    // Nothing helps it.
-                    self.runs = 0;
-                }
                 self.map(cpu, place)?;
             }
             _ => ensure!(false, "an exit that the guest does not make: {exit:x?}"),

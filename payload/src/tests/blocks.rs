@@ -7,12 +7,14 @@ use core::sync::atomic::Ordering;
 use havmsi_abi::layout::BLOCK_SIZE;
 use havmsi_abi::{ExitClass, Function, MAX_PAGES_PER_MAP};
 
-use super::sharing::{Guest, SHARE};
+use super::sharing::{Guest, LOAD, REPORT, SHARE};
 use super::smp::{HANDLE, PAGE};
 use crate::cpu::STOP;
 use crate::guest::{FREE, RAM, RAM_SIZE, Vcpu, Vm, nothing};
 use crate::harness::{Failure, Outcome, several_cpus};
-use crate::memory::{self, PATTERN, fill, first_change, is_zero, peek, poke, read, take, write};
+use crate::memory::{
+    self, PATTERN, copy, fill, first_change, is_sealed, is_zero, peek, poke, read, take,
+};
 use crate::pci::Edu;
 use crate::smc::{DENIED, INVALID, host, until_done};
 use crate::{cpu, ensure, expect, gic, guest_program, test};
@@ -193,41 +195,62 @@ fn a_page_of_a_block_is_shared() -> Outcome {
 }
 test!(a_page_of_a_block_is_shared, "T04");
 
-/// Pages of a block are taken away: the guest keeps the others, and the host can put
-/// nothing in their place. A reset returns the rest.
+/// Pages of a block are taken away, each sealed: the guest keeps the others, and finds in
+/// these what it had once they are back. They come back one by one, nothing else does.
 fn pages_of_a_block_are_taken() -> Outcome {
     let mut guest = Guest::new()?;
-    let memory = memory();
+    let (memory, fresh) = (memory(), take(MAX_PAGES_PER_MAP));
     let before = host(Function::Stats, &[])?;
     map(&guest.vm, AT, memory)?;
+    let at = |page: u64| (AT + page * PAGE_SIZE, memory + page * PAGE_SIZE);
     for page in [99, 100, 131, 132] {
-        guest.store(AT + page * PAGE_SIZE, PATTERN + page)?;
+        guest.store(at(page).0, PATTERN + page)?;
     }
-    guest.vm.call(Function::PageUnmap, &[AT + 100 * PAGE_SIZE, 32])?;
+    let mut tags = [[0; 2]; 32];
+    for (page, tag) in (100..).zip(&mut tags) {
+        *tag = guest.vm.take_back(at(page).0)?;
+        ensure!(is_sealed(at(page).1), "page {page} is not sealed");
+    }
     expect!(host(Function::Stats, &[])?[2], before[2] + PAGES - 32);
-    for page in 100..132 {
-        let at = memory + page * PAGE_SIZE;
-        ensure!(is_zero(at), "page {page} is not wiped");
-        write(at, 0x0bad);
-        let place = [AT + page * PAGE_SIZE, at, PAGE_SIZE];
-        expect!(guest.vm.call(Function::PageMap, &place), Err(DENIED));
-        expect!(read(at), 0x0bad);
-    }
     is_hidden(memory, (0..100).chain(132..PAGES))?;
     for page in [99, 132] {
-        expect!(guest.load(AT + page * PAGE_SIZE)?, PATTERN + page);
+        expect!(guest.load(at(page).0)?, PATTERN + page);
     }
-    guest.tell(1, [0, AT + 100 * PAGE_SIZE, 0, 0])?;
-    expect!(guest.vcpu.expect(ExitClass::Fault)?.ipa, AT + 100 * PAGE_SIZE);
+    guest.tell(LOAD, [0, at(100).0, 0, 0])?;
+    expect!(guest.vcpu.expect(ExitClass::Fault)?.ipa, at(100).0);
+    // Many at once, of which one or all were taken: the VM does not stop either.
+    for (page, n) in [(100, 2), (130, 2), (100, 32), (128, 4)] {
+        for pa in [fresh, at(page).1] {
+            let args = [at(page).0, pa, n * PAGE_SIZE, tags[0][0], tags[0][1]];
+            expect!(guest.vm.call(Function::PageMap, &args), Err(DENIED));
+        }
+    }
+    for page in 0..MAX_PAGES_PER_MAP {
+        expect!(first_change(fresh + page * PAGE_SIZE, PATTERN), None);
+    }
+    // The first one in another page: no block any more.
+    copy(at(100).1, fresh);
+    guest.vm.give(at(100).0, fresh, tags[0])?;
+    expect!(guest.vcpu.report(REPORT)?, PATTERN + 100);
+    tags[0] = guest.vm.take_back(at(100).0)?;
+    copy(fresh, at(100).1);
+    // All where they were: one again.
+    for (page, tag) in (100..).zip(tags) {
+        guest.vm.give(at(page).0, at(page).1, tag)?;
+    }
+    is_hidden(memory, 0..PAGES)?;
+    for page in [99, 100, 131, 132] {
+        expect!(guest.load(at(page).0)?, PATTERN + page);
+    }
+    expect!(guest.load(at(115).0)?, 0);
+    guest.vm.take_back(at(0).0)?;
     until_done(Function::VmReset, &[guest.vm.handle], 1000)?;
     expect!(host(Function::Stats, &[])?[2], before[2] - 2);
-    for page in 100..132 {
-        write(memory + page * PAGE_SIZE, 0);
-    }
+    memory::clear(memory);
     is_back(memory)?;
     guest.vm.destroy()
 }
-test!(pages_of_a_block_are_taken, "T13 T20");
+test!(pages_of_a_block_are_taken, "T12 T13 T20");
 
 /// A device wrote to memory of a block before, can't while it is a VM's, and can again.
 fn devices() -> Outcome {
@@ -291,7 +314,7 @@ extern "C" fn count(_: u64) -> u64 {
     0
 }
 
-/// A block is made and broken under a guest that uses it.
+/// A block is made and broken under a guest that uses it, and that misses nothing.
 fn while_it_runs() -> Outcome {
     for round in 0..8 {
         let (vm, vcpu, _) = Vm::launch_two(gic::version(), counter(), [0; 4])?;
@@ -308,7 +331,15 @@ fn while_it_runs() -> Outcome {
         }
         let end = cpu::now() + cpu::milliseconds(1 + round % 3);
         while cpu::now() < end {}
-        vm.call(Function::PageUnmap, &[AT + (1 + round) * PAGE_SIZE, 1])?;
+        // One that it does not use, and the one that it does.
+        for page in [1 + round, 0] {
+            let at = page * PAGE_SIZE;
+            let tag = vm.take_back(AT + at)?;
+            ensure!(is_sealed(memory + at), "round {round}: written after it was taken");
+            let end = cpu::now() + cpu::milliseconds(1 + round % 3);
+            while cpu::now() < end {}
+            vm.give(AT + at, memory + at, tag)?;
+        }
         let end = cpu::now() + cpu::milliseconds(1 + round % 3);
         while cpu::now() < end {}
         STOP.store(1, Ordering::SeqCst);
@@ -319,4 +350,4 @@ fn while_it_runs() -> Outcome {
     }
     Ok(())
 }
-test!(while_it_runs, "T13", several_cpus);
+test!(while_it_runs, "T12 T13", several_cpus);

@@ -341,7 +341,7 @@ fn unmap() -> Outcome {
 test!(unmap, "T11 T12 T24");
 
 guest_program!(
-    counter,
+    two_words,
     // Counts in the page that x0 names, in its first and last word; tells both.
     "mov x19, x0",
     "movz x20, #0x0900, lsl #16",
@@ -362,7 +362,7 @@ type Forge = fn(&Vm, u64, [u64; 2]) -> Result<(u64, u64, [u64; 2]), Failure>;
 
 /// What the host may try, each with a guest of its own: the VM stops, and only it.
 fn forged() -> Outcome {
-    let (other, mut neighbour) = Vm::launch(counter(), [FREE, 0, 0, 0])?;
+    let (other, mut neighbour) = Vm::launch(two_words(), [FREE, 0, 0, 0])?;
     other.map(FREE)?;
     let forgeries: [(&str, Forge); 7] = [
         ("a bit of it", |_, page, tag| {
@@ -398,7 +398,7 @@ fn forged() -> Outcome {
         }),
     ];
     for (round, (what, forge)) in (0..).zip(forgeries) {
-        let (vm, mut vcpu) = Vm::launch(counter(), [FREE, 0, 0, 0])?;
+        let (vm, mut vcpu) = Vm::launch(two_words(), [FREE, 0, 0, 0])?;
         let page = vm.map(FREE)?;
         vcpu.report(0)?;
         vcpu.report(8)?;
@@ -422,7 +422,7 @@ fn forged() -> Outcome {
         neighbour.report(8)?;
         neighbour.report(16)?;
         until_done(Function::VmReset, &[vm.handle], 100)?;
-        vm.boot(counter(), [FREE, 0, 0, 0])?;
+        vm.boot(two_words(), [FREE, 0, 0, 0])?;
         let mut vcpu = Vcpu::new(vm.handle, 0, vcpu.page);
         vm.map(FREE)?;
         expect!(vcpu.report(0)?, 0);
@@ -435,7 +435,7 @@ test!(forged, "T12");
 
 /// The guest finds in its page what it left there, wherever the host has had it.
 fn sealed_and_back() -> Outcome {
-    let (vm, mut vcpu) = Vm::launch(counter(), [FREE, 0, 0, 0])?;
+    let (vm, mut vcpu) = Vm::launch(two_words(), [FREE, 0, 0, 0])?;
     let mut page = vm.map(FREE)?;
     let mut seen = [(0, [0; 2]); 8];
     for round in 0..8 {

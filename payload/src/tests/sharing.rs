@@ -28,9 +28,9 @@ const WNR: u64 = 1 << 6;
 
 /// What the guest is told to do.
 const CALL: u64 = 0;
-const LOAD: u64 = 1;
+pub const LOAD: u64 = 1;
 const STORE: u64 = 2;
-const REPORT: u64 = 0x350;
+pub const REPORT: u64 = 0x350;
 
 // Does what the host tells it to do, with x0 to x3, and reports x0.
 guest_program!(
