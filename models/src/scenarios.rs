@@ -216,7 +216,7 @@ pub fn list(deep: bool) -> Vec<Scenario> {
             seals(1, 2),
             places(2, 1),
             launch(1),
-            life(2),
+            life(1),
             pool(1),
             boot(1),
         ]
