@@ -210,15 +210,6 @@ pub fn list(deep: bool) -> Vec<Scenario> {
         let wide = [stores(3), places(3, 2), launch(3), life(3), pool(2), boot(2), three_cpus];
         wide.into_iter().chain([seals(2, 2), all(3, 2, 4)]).collect()
     } else {
-        vec![
-            pages(2),
-            stores(1),
-            seals(1, 2),
-            places(2, 1),
-            launch(1),
-            life(2),
-            pool(1),
-            boot(1),
-        ]
+        vec![pages(2), stores(1), seals(1, 2), places(2, 1), launch(1), life(1), pool(1), boot(1)]
     }
 }

@@ -79,7 +79,7 @@ mod left_out {
     fn a_wipe() {
         breaks(Check::ScrubIn, scenarios::stores(1), &["I7"]);
         breaks(Check::ScrubIn, scenarios::boot(1), &["I3", "the audit"]);
-        breaks(Check::ScrubOut, scenarios::pages(1), &["I5"]);
+        breaks(Check::ScrubOut, scenarios::launch(1), &["I5"]);
         breaks(Check::ScrubOut, scenarios::life(1), &["I5"]);
     }
 
@@ -104,6 +104,15 @@ mod left_out {
     fn a_guests_memory_changes_its_page() {
         breaks(Check::Lost, scenarios::pages(1), &["I4"]);
         breaks(Check::Occupied, scenarios::pages(2), &["I4", "I6"]);
+    }
+
+    /// What is sealed: not at all, what comes back not verified, all with one version.
+    #[test]
+    fn a_seal() {
+        breaks(Check::Seal, scenarios::pages(1), &["I5"]);
+        breaks(Check::Tag, scenarios::pages(1), &["I4"]);
+        breaks(Check::Tag, scenarios::seals(1, 2), &["I4"]);
+        breaks(Check::Version, scenarios::seals(1, 2), &["I4"]);
     }
 
     #[test]

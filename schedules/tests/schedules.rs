@@ -75,7 +75,7 @@ impl<'a> Board<'a> {
     fn create(&self) -> Called<u64> {
         for (n, vm) in (0..).zip(&self.vms) {
             let slot = VmSlot(n);
-            match vm.lock().unwrap().create(slot, root(slot), CONFIG, 0) {
+            match vm.lock().unwrap().create(slot, root(slot), CONFIG, 0, [1; 32]) {
                 Err(Error::Busy) => {}
                 result => return result,
             }

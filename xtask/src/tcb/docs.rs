@@ -14,20 +14,32 @@ const END: &str = "<!-- end of what is generated -->\n";
 pub const PLOT: &str = "tcb.svg";
 
 /// What each crate is there for. One that is linked and not named here is an error.
-const WHY: [(&str, &str); 13] = [
+const WHY: [(&str, &str); 25] = [
     ("havmsi-monitor", "entry, worlds, dispatch, platform"),
     ("havmsi_abi", "numbers and layouts"),
     ("havmsi_core", "who may do what (`forbid(unsafe_code)`)"),
     ("havmsi_hal", "registers, caches, TLBs, devices"),
+    ("aead", "aes-gcm: traits of encryption with a tag"),
+    ("aes", "aes-gcm: the cipher of a block"),
+    ("aes_gcm", "sealing of pages"),
     ("block_buffer", "sha2: a block that is not full yet"),
     ("cfg_if", "sha2: a macro that chooses the portable code"),
-    ("cpufeatures", "sha2: never expanded with the portable code"),
-    ("crypto_common", "sha2: traits; no code of it is left"),
+    ("cipher", "aes-gcm: traits of ciphers"),
+    ("cmov", "aes-gcm: a choice without a branch"),
+    ("cpubits", "aes-gcm: a macro that chooses by the size of registers"),
+    ("cpufeatures", "sha2, aes-gcm: never expanded with the portable code"),
+    ("crypto_common", "sha2, aes-gcm: traits; no code of it is left"),
+    ("ctr", "aes-gcm: from blocks to a stream"),
+    ("ctutils", "aes-gcm: a tag is compared in a time that tells nothing"),
     ("digest", "sha2: from bytes to blocks"),
-    ("hybrid_array", "sha2: arrays whose length is a type"),
+    ("ghash", "aes-gcm: the hash that makes the tag"),
+    ("hybrid_array", "sha2, aes-gcm: arrays whose length is a type"),
+    ("inout", "aes-gcm: a buffer that is changed in place"),
+    ("polyval", "aes-gcm: multiplication for that hash"),
     ("sha2", "launch digest, random generator"),
     ("spin", "locks, and what is built once"),
-    ("typenum", "sha2: numbers as types; nothing of it runs"),
+    ("typenum", "sha2, aes-gcm: numbers as types; nothing of it runs"),
+    ("universal_hash", "aes-gcm: traits of such hashes"),
 ];
 
 /// Other monitors, by what their authors or a count of their sources say: DESIGN of this project,
