@@ -71,9 +71,13 @@ impl Job<'_> {
         Ok(guests)
     }
 
-    /// Guests that are swapped take their time.
+    /// Guests that are swapped, or fill a gigabyte, take their time.
     fn patience(&self, limit: Duration) -> Duration {
-        if self.params.job == "overcommit" { 10 * limit } else { limit }
+        if ["overcommit", "hugepages"].contains(&self.params.job.as_str()) {
+            10 * limit
+        } else {
+            limit
+        }
     }
 
     fn no_seed(&self, guest: &Guest) -> String {
