@@ -16,10 +16,19 @@
 /* Device pages of a VM: the GICv2 virtual CPU interface has two. */
 #define HAVMSI_MAX_DEV	2
 
+#define HAVMSI_DIGEST_SIZE	32
+
 struct havmsi_dev {
 	u64 ipa;
 	u64 pa;
 	bool mapped;
+};
+
+/* Pages in a row of the table memory that the monitor has for a VM. */
+struct havmsi_chunk {
+	struct list_head list;
+	struct page *page;
+	unsigned int order;
 };
 
 struct havmsi_vm {
@@ -45,6 +54,12 @@ struct havmsi_vm {
 	unsigned long locked;
 	struct havmsi_dev dev[HAVMSI_MAX_DEV];
 	int nr_dev;
+	/* For those who look: of the last launch, launches, faults that got a page. */
+	u8 digest[HAVMSI_DIGEST_SIZE];
+	unsigned long launches;
+	atomic64_t faults;
+	/* The log has the line about dirty logging. */
+	bool told;
 };
 
 struct havmsi_vcpu {
@@ -80,5 +95,13 @@ int havmsi_map_devices(struct havmsi_vm *hv);
 void havmsi_unpin_all(struct havmsi_vm *hv);
 void havmsi_unshared(struct havmsi_vcpu *hvcpu);
 void havmsi_uncharge(struct havmsi_vm *hv);
+
+/* havmsi_dirty.c, havmsi_debugfs.c: for KVM's own calls, in arm.c */
+void havmsi_sync_dirty_log(struct kvm *kvm, struct kvm_memory_slot *slot);
+void havmsi_create_debugfs(struct kvm *kvm);
+
+/* Whose a page in the list is; hv->lock is held. */
+enum havmsi_kind { HAVMSI_PAGE_HOST, HAVMSI_PAGE_PRIVATE, HAVMSI_PAGE_SHARED };
+enum havmsi_kind havmsi_page_kind(struct page *page);
 
 #endif /* __KVM_HAVMSI_H */

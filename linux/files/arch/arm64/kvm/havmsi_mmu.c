@@ -14,6 +14,7 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/string.h>
+#include <linux/uaccess.h>
 
 #include <asm/asm-extable.h>
 #include <asm/kvm_emulate.h>
@@ -29,15 +30,9 @@
 
 /* ---- table memory ---- */
 
-struct pool_chunk {
-	struct list_head list;
-	struct page *page;
-	unsigned int order;
-};
-
 static int donate_chunk(struct havmsi_vm *hv, unsigned int order)
 {
-	struct pool_chunk *chunk = kmalloc(sizeof(*chunk), GFP_KERNEL_ACCOUNT);
+	struct havmsi_chunk *chunk = kmalloc(sizeof(*chunk), GFP_KERNEL_ACCOUNT);
 	long status;
 
 	if (!chunk)
@@ -85,7 +80,7 @@ int havmsi_pool_donate(struct havmsi_vm *hv, unsigned long pages)
 
 void havmsi_pool_free(struct havmsi_vm *hv)
 {
-	struct pool_chunk *chunk, *next;
+	struct havmsi_chunk *chunk, *next;
 
 	list_for_each_entry_safe(chunk, next, &hv->pool, list) {
 		__free_pages(chunk->page, chunk->order);
@@ -225,6 +220,22 @@ static bool may_be_pinned(struct page *page)
 	}
 	xa_unlock(&held);
 	return !state || state == SHARED;
+}
+
+/*
+ * Only a store tells what is shared from what is private, and the log need not
+ * have a line for each of those.
+ */
+enum havmsi_kind havmsi_page_kind(struct page *page)
+{
+	bool shared;
+
+	if (!xa_load(&held, page_to_pfn(page)))
+		return HAVMSI_PAGE_HOST;
+	pagefault_disable();
+	shared = may_be_pinned(page);
+	pagefault_enable();
+	return shared ? HAVMSI_PAGE_SHARED : HAVMSI_PAGE_PRIVATE;
 }
 
 /* What pin_user_pages_fast() returns for @pages, of which it got @nr. */
@@ -740,6 +751,7 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		xa_store(&hv->pages, gfn, page, GFP_KERNEL_ACCOUNT);
 	if (hvcpu->folio == page_folio(page))
 		hvcpu->own++;
+	atomic64_inc(&hv->faults);
 	/* The first pages went: the guest may have to come again. */
 	release(hvcpu, hv, gfn - off + done, page - off + done, nr - done);
 	ret = 1;
