@@ -2,6 +2,7 @@
 //! A guest: a QEMU process and what its console says.
 
 use crate::attacker::Attacker;
+use crate::operate;
 use crate::out;
 use crate::params::Params;
 use crate::sys;
@@ -200,6 +201,9 @@ impl Guest {
             .args(["-append", &params.guest_cmdline(mode, params.seconds)]);
         if mode != "reboot" {
             command.arg("-no-reboot");
+        }
+        if params.job == "operate" {
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", operate::socket(index))]);
         }
         if params.job == "memlock" {
             // Root may lock what it likes.

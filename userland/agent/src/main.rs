@@ -7,6 +7,7 @@ mod checks;
 mod guest;
 mod io;
 mod jobs;
+mod operate;
 mod out;
 mod params;
 mod sys;

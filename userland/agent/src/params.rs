@@ -21,7 +21,7 @@ pub struct Params {
     pub protected: bool,
 }
 
-const JOBS: [&str; 14] = [
+const JOBS: [&str; 15] = [
     "run",
     "attack",
     "smp4",
@@ -31,6 +31,7 @@ const JOBS: [&str; 14] = [
     "io",
     "devices",
     "memlock",
+    "operate",
     "nokvm",
     "boot",
     "shell",
