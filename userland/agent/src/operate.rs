@@ -230,8 +230,9 @@ fn statuses() -> Result<(), String> {
     for (words, wanted) in [
         (&["--help"][..], 0),
         (&["--no-such-option"], 2),
+        (&["--json", "map"], 2),
         (&["--root", "/tmp/bare"], 3),
-        (&["--root", "/tmp/nowhere"], 4),
+        (&["--root", "/tmp/nowhere", "map"], 4),
         (&["map", "--svg", "/nowhere/map.svg"], 1),
     ] {
         let (_, status) = run(words)?;

@@ -9,7 +9,7 @@ mod map;
 mod picture;
 mod state;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use state::Trouble;
 use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ All of it is the host kernel's word. A launch digest that is to be trusted is on
 
 /// VMs of a HA-VMSI host, and who owns which memory.
 #[derive(Parser)]
-#[command(name = "havmsi", version, after_help = CODES, args_conflicts_with_subcommands = true)]
+#[command(name = "havmsi", version, after_help = CODES)]
 struct Cli {
     #[command(subcommand)]
     what: Option<What>,
@@ -100,6 +100,10 @@ fn show_map(root: &Path, args: &MapArgs) -> Result<(), Trouble> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.what.is_some() && (cli.list.json || cli.list.watch.is_some()) {
+        let text = "options of a command come behind it";
+        Cli::command().error(clap::error::ErrorKind::ArgumentConflict, text).exit();
+    }
     let result = match &cli.what {
         None => list(&cli.root, &cli.list),
         Some(What::List(args)) => list(&cli.root, args),
