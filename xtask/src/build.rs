@@ -12,7 +12,8 @@ use crate::setup::{self, Need, TARGETS};
 use crate::{Ctx, sh, ui};
 
 /// Static arm64 programs in `userland/`.
-pub const PROGRAMS: [&str; 4] = ["havmsi-agent", "havmsi-guest", "havmsi-run", "havmsi-vmm"];
+pub const PROGRAMS: [&str; 5] =
+    ["havmsi", "havmsi-agent", "havmsi-guest", "havmsi-run", "havmsi-vmm"];
 
 /// Secure flash of QEMU's `virt`: what the monitor's image must fit into.
 const FLASH: u64 = 64 << 20;

@@ -75,6 +75,7 @@ pub fn host(ctx: &Ctx, kernel: &Kernel, guest: &Path) -> Result<PathBuf> {
     let module = kernel::attacker(ctx, kernel)?;
     let mut files = vec![
         ("init", programs.join("havmsi-agent")),
+        ("bin/havmsi", programs.join("havmsi")),
         ("havmsi/run", programs.join("havmsi-run")),
         ("havmsi/vmm", programs.join("havmsi-vmm")),
         ("havmsi/bench.bin", build::bench_guest(ctx)?.0),

@@ -25,6 +25,7 @@ mod machine;
 mod miri;
 mod model;
 mod mutants;
+mod operate;
 mod report;
 mod rows;
 mod run;

@@ -16,7 +16,7 @@ use crate::setup::{self, Need, TARGETS};
 use crate::test::{Ended, Gave, Test, Verdict, secs};
 use crate::{
     Ctx, assurance, attack, bench, build, coverage, deny, failure, fuzz, fuzz_host, fuzz_target,
-    image, kernel, miri, model, sh, tcb,
+    image, kernel, miri, model, operate, sh, tcb,
 };
 
 /// One row.
@@ -140,7 +140,7 @@ pub fn table() -> Vec<Row> {
         (
             "style/clippy-arm64",
             TARGETS[1],
-            &["havmsi-agent", "havmsi-guest", "havmsi-run", "havmsi-vmm"],
+            &["havmsi", "havmsi-agent", "havmsi-guest", "havmsi-run", "havmsi-vmm"],
         ),
     ] {
         let mut words = vec!["clippy", "--release", "--target", target];
@@ -159,9 +159,15 @@ pub fn table() -> Vec<Row> {
     ]);
     add("build/juno".into(), 300, Work::Cargo(juno));
     add("build/leave-out".into(), 300, Work::LeaveOut);
-    for package in
-        ["havmsi-abi", "havmsi-core", "havmsi-operations", "havmsi-proto", "havmsi-run", "xtask"]
-    {
+    for package in [
+        "havmsi",
+        "havmsi-abi",
+        "havmsi-core",
+        "havmsi-operations",
+        "havmsi-proto",
+        "havmsi-run",
+        "xtask",
+    ] {
         let words = vec!["test", "-q", "--all-features", "-p", package];
         add(format!("unit/{package}"), 600, Work::Cargo(words));
     }
@@ -217,6 +223,7 @@ pub fn table() -> Vec<Row> {
         ("hotplug", "havmsi.guests=2"),
         ("io", "havmsi.guests=2"),
         ("devices", "havmsi.guests=2"),
+        ("operate", "havmsi.vcpus=2"),
     ] {
         for (gic, cpu) in [(3, a57), (2, n1)] {
             add(
@@ -350,8 +357,11 @@ pub fn work(ctx: &Ctx, row: &Row) -> Result<Ended> {
                     ctx.log_dir.display()
                 );
             }
-            match outcome.done {
-                Some((true, text)) => Ok(Ended::ok(text)),
+            match &outcome.done {
+                Some((true, _)) if *job == "operate" => {
+                    Ok(Ended::ok(operate::digests(ctx, &outcome, &args)?))
+                }
+                Some((true, text)) => Ok(Ended::ok(text.clone())),
                 Some((false, text)) => bail!("{text}"),
                 None => bail!("the job did not end"),
             }

@@ -15,7 +15,7 @@ use crate::machine::{self, Config, Kind};
 use crate::report::{self, Report, Seconds};
 use crate::setup;
 use crate::ui::Step;
-use crate::{Ctx, build, digest, sh, tcb};
+use crate::{Ctx, build, digest, operate, sh, tcb};
 
 /// CPU models that the machine was tried with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -298,6 +298,12 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
                 g.digest_expected.as_deref().unwrap_or("nothing")
             ));
         }
+    }
+    if args.job == "operate"
+        && let Some(outcome) = &havmsi
+        && let Err(e) = operate::digests(ctx, outcome, args)
+    {
+        problems.push(e.to_string());
     }
     let tcb = if args.control { tcb::Summary::default() } else { tcb::count(ctx)? };
     seconds.total = start.elapsed().as_secs_f64();

@@ -3,6 +3,7 @@
 
 use crate::attacker::Attacker;
 use crate::hugepages;
+use crate::operate;
 use crate::out;
 use crate::params::Params;
 use crate::sys;
@@ -204,6 +205,9 @@ impl Guest {
         }
         if params.thp == "hugetlb" {
             command.args(["-mem-path", hugepages::FOLDER]);
+        }
+        if params.job == "operate" {
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", operate::socket(index))]);
         }
         if params.job == "memlock" {
             // Root may lock what it likes.

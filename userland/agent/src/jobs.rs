@@ -4,7 +4,7 @@
 use crate::attacker::{Attacker, Via};
 use crate::guest::{self, Guest};
 use crate::params::Params;
-use crate::{checks, hugepages, io, out, overcommit, sys};
+use crate::{checks, hugepages, io, operate, out, overcommit, sys};
 use havmsi_abi::Function;
 use havmsi_operations::mark;
 use havmsi_proto::Seed;
@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-const BOOT: Duration = Duration::from_secs(120);
+pub const BOOT: Duration = Duration::from_secs(120);
 const END: Duration = Duration::from_secs(60);
 /// The number of the guest that is started when all attacks are over.
 const LATER: usize = 9;
@@ -42,6 +42,7 @@ impl Job<'_> {
             "hugepages" => self.hugepages(),
             "io" => self.io(),
             "devices" => self.devices(),
+            "operate" => operate::job(self),
             "bench" => self.bench(),
             "applications" => self.applications(),
             "shell" => shell(),
@@ -55,9 +56,16 @@ impl Job<'_> {
 
     /// Starts the guests and waits until each has given its seed.
     fn start(&self, mode: &str) -> Result<Vec<Guest>, String> {
-        let count = usize::try_from(self.guests()).unwrap_or(1);
-        let guests: Vec<Guest> =
-            (0..count).map(|i| Guest::start(i, self.params, mode)).collect::<Result<_, _>>()?;
+        self.start_as(&vec![mode; usize::try_from(self.guests()).unwrap_or(1)])
+    }
+
+    /// The same with a mode for each.
+    pub fn start_as(&self, modes: &[&str]) -> Result<Vec<Guest>, String> {
+        let count = modes.len();
+        let guests: Vec<Guest> = (0..)
+            .zip(modes)
+            .map(|(i, mode)| Guest::start(i, self.params, mode))
+            .collect::<Result<_, _>>()?;
         for (done, guest) in guests.iter().enumerate() {
             out::progress("seeds", done, count, "waiting for the guests' seeds");
             if !guest.wait(self.patience(BOOT), |s| s.seed.is_some()) {
@@ -87,7 +95,7 @@ impl Job<'_> {
     }
 
     /// Has the guests finish; whether each gave a good verdict, and what was wrong.
-    fn finish(&self, guests: &mut [Guest]) -> Result<(), String> {
+    pub fn finish(&self, guests: &mut [Guest]) -> Result<(), String> {
         let count = guests.len();
         let mut wrong = Vec::new();
         for guest in guests.iter_mut() {
@@ -212,11 +220,11 @@ impl Job<'_> {
         Ok(format!("the guest rebooted; {pages} pages of its first boot were left"))
     }
 
-    fn stats(&self, when: &str) -> Option<[u64; 6]> {
+    pub fn stats(&self, when: &str) -> Option<[u64; 6]> {
         let attacker = self.attacker.filter(|_| self.monitor)?;
         let x = attacker.smc(&[Function::Stats.id().into()]).ok()?;
         let stats = [x[1], x[2], x[3], x[4], x[5], x[6]];
-        let names = ["vms", "vcpus", "private", "tables", "shared", "host"];
+        let names = ["vms", "vcpus", "private", "tables", "host", "shared"];
         let object = names
             .iter()
             .zip(stats)
@@ -226,7 +234,7 @@ impl Job<'_> {
     }
 
     /// STATS once they are `wanted` again, or not: the kernel ends a VM a moment after its process.
-    fn until(&self, wanted: Option<[u64; 6]>) -> Option<[u64; 6]> {
+    pub fn until(&self, wanted: Option<[u64; 6]>) -> Option<[u64; 6]> {
         let end = Instant::now() + Duration::from_secs(10);
         let mut after = self.stats("after");
         while wanted != after && Instant::now() < end {
@@ -283,11 +291,7 @@ impl Job<'_> {
     /// and nothing else of theirs.
     fn devices(&self) -> End {
         let attacker = self.attacker.ok_or("the attacker module is not there")?;
-        // QEMU talks to the echo of its user network by it.
-        let up = Command::new("/bin/busybox").args(["ifconfig", "lo", "up"]).status();
-        if !up.map_err(|e| format!("busybox ifconfig: {e}"))?.success() {
-            return Err("busybox ifconfig lo failed".to_owned());
-        }
+        loopback()?;
         let before = self.stats("before");
         let mut wrong = Vec::new();
         if self.monitor {
@@ -344,7 +348,7 @@ impl Job<'_> {
                 wrong.push(format!("the host finds {secret} pages that no guest shares"));
             }
             let pool = guest::POOL_MIB * 256 * private.len() as u64;
-            if during.is_none_or(|s| s[4] < pool) {
+            if during.is_none_or(|s| s[5] < pool) {
                 wrong.push(format!("{during:?}: fewer shared pages than the pools have"));
             }
             let after = self.until(before);
@@ -507,6 +511,15 @@ impl Job<'_> {
         self.work()?;
         Ok(format!("with RLIMIT_MEMLOCK at {} KiB the guest verified its memory", LIMIT >> 10))
     }
+}
+
+/// QEMU talks to the echo of its user network by it.
+pub fn loopback() -> Result<(), String> {
+    let up = Command::new("/bin/busybox").args(["ifconfig", "lo", "up"]).status();
+    if !up.map_err(|e| format!("busybox ifconfig: {e}"))?.success() {
+        return Err("busybox ifconfig lo failed".to_owned());
+    }
+    Ok(())
 }
 
 /// CPUs that are online.

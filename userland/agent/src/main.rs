@@ -8,6 +8,7 @@ mod guest;
 mod hugepages;
 mod io;
 mod jobs;
+mod operate;
 mod out;
 mod overcommit;
 mod params;

@@ -22,7 +22,7 @@ pub struct Params {
     pub protected: bool,
 }
 
-const JOBS: [&str; 16] = [
+const JOBS: [&str; 17] = [
     "run",
     "attack",
     "smp4",
@@ -34,6 +34,7 @@ const JOBS: [&str; 16] = [
     "memlock",
     "overcommit",
     "hugepages",
+    "operate",
     "nokvm",
     "boot",
     "shell",

@@ -19,20 +19,41 @@ use std::process::{Command, ExitCode};
 const USAGE: &str = "usage: havmsi-run [--pool MIB] QEMU ARGUMENT...
 
 Runs QEMU with ARGUMENTs and a device tree in which MIB (16 without the option) of the guest's RAM
-are a pool for transfers. Virtio devices on PCI get iommu_platform=on, so that their drivers use it.";
+are a pool for transfers. Virtio devices on PCI get iommu_platform=on, so that their drivers use it.
+QEMU refuses to migrate the guest or to save it: it has not its memory.";
 
 /// PCI devices of QEMU that take their addresses as they are unless told otherwise.
 const VIRTIO: [&str; 6] = ["blk", "net", "rng", "serial", "scsi", "9p"];
 
-/// A file without a name, which QEMU gets as well.
-fn memory() -> Result<File, String> {
+/// What QEMU names as the reason why it does not migrate.
+const NODE: &str = "memory-of-a-protected-VM";
+
+/// A disk image of QEMU's first qcow format (a header, and no data of its 1 MiB), of which QEMU
+/// says that it can't be migrated.
+fn unmigratable() -> Vec<u8> {
+    let mut image = b"QFI\xfb".to_vec();
+    // Version 1; no backing file: its name's place and length; its time.
+    image.extend([1_u32, 0, 0, 0, 0].iter().flat_map(|n| n.to_be_bytes()));
+    image.extend((1_u64 << 20).to_be_bytes());
+    // Clusters of 4 KiB, tables of 512 entries, not encrypted; the first table.
+    image.extend([12, 9, 0, 0, 0, 0, 0, 0]);
+    image.extend(48_u64.to_be_bytes());
+    image.resize(4096, 0);
+    image
+}
+
+/// A file without a name, which QEMU gets as well, and its path there.
+fn memory(content: &[u8]) -> Result<(File, String), String> {
     // SAFETY: a valid C string; no flag, so that the descriptor outlives an exec.
-    let fd = unsafe { libc::memfd_create(c"device tree".as_ptr(), 0) };
+    let fd = unsafe { libc::memfd_create(c"havmsi-run".as_ptr(), 0) };
     if fd < 0 {
         return Err(format!("memfd_create: {}", std::io::Error::last_os_error()));
     }
     // SAFETY: just made, and nobody else's.
-    Ok(unsafe { File::from_raw_fd(fd) })
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    file.write_all(content).map_err(|e| e.to_string())?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok((file, path))
 }
 
 /// A new folder, which is nobody else's.
@@ -77,14 +98,17 @@ fn run(words: &[OsString]) -> Result<(), String> {
     }
     let blob = dump(qemu, arguments)?;
     let blob = tree::with_pool(&blob, mib << 20)?;
-    let mut file = memory()?;
-    file.write_all(&blob).map_err(|e| e.to_string())?;
+    let (_tree, tree) = memory(&blob)?;
+    let (_image, image) = memory(&unmigratable())?;
     let mut command = Command::new(qemu);
     for device in VIRTIO {
         command.args(["-global", &format!("virtio-{device}-pci.iommu_platform=on")]);
     }
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let error = command.args(arguments).args(["-dtb", &path]).exec();
+    // No device has it, so the guest doesn't see it.
+    let node = format!(
+        "driver=qcow,node-name={NODE},read-only=on,file.driver=file,file.locking=off,file.filename={image}"
+    );
+    let error = command.args(arguments).args(["-dtb", &tree, "-blockdev", &node]).exec();
     Err(format!("{}: {error}", qemu.display()))
 }
 

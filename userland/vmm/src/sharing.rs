@@ -6,6 +6,12 @@ use crate::Finding;
 use crate::memory::Memory;
 use crate::obey::{self, order};
 use crate::vm::{DATA, Reply, Vm};
+use kvm_bindings::{
+    KVM_CAP_ARM_MTE, KVM_CAP_ARM_PMU_V3, KVM_CAP_COUNTER_OFFSET, KVM_CAP_DIRTY_LOG_RING,
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_ONE_REG,
+    KVM_CAP_READONLY_MEM, KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_STEAL_TIME, KVM_CAP_USER_MEMORY,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -92,11 +98,52 @@ fn seen(vm: &mut Vm, value: u64) -> Result<bool, String> {
     Ok(vm.data.load(PLACE) == value)
 }
 
+/// The log of dirty pages has the page if it is shared, and nothing else.
+fn logged(vm: &Vm, shared: bool) -> Result<(), String> {
+    let (dirty, wanted) = (vm.dirty(1)?, if shared { vec![PLACE >> 12] } else { vec![] });
+    if dirty == wanted { Ok(()) } else { Err(format!("pages {dirty:?} are dirty, not {wanted:?}")) }
+}
+
+/// KVM offers what can work, and nothing else.
+fn capabilities(vm: &Vm) -> Result<(), String> {
+    for (capability, name, wanted) in [
+        (KVM_CAP_USER_MEMORY, "user memory", true),
+        (KVM_CAP_ONE_REG, "ONE_REG", true),
+        (KVM_CAP_READONLY_MEM, "read-only slots", false),
+        (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, "a log that is cleared by hand", false),
+        (KVM_CAP_DIRTY_LOG_RING, "a dirty ring", false),
+        (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, "a dirty ring", false),
+        (KVM_CAP_SET_GUEST_DEBUG, "guest debugging", false),
+        (KVM_CAP_STEAL_TIME, "steal time", false),
+        (KVM_CAP_COUNTER_OFFSET, "counter offsets", false),
+        (KVM_CAP_ARM_PMU_V3, "a PMU", false),
+        (KVM_CAP_ARM_MTE, "memory tags", false),
+    ] {
+        if (vm.vm.check_extension_raw(capability.into()) > 0) != wanted {
+            let what = if wanted { "does not offer" } else { "offers" };
+            return Err(format!("KVM {what} {name}"));
+        }
+    }
+    Ok(())
+}
+
+/// What a slot of a running VM may be: logged, not read-only.
+fn flags(vm: &Vm) -> Result<(), String> {
+    let set = |flags| vm.flags(1, DATA, &vm.data, flags);
+    if set(KVM_MEM_READONLY).is_ok() {
+        return Err("a read-only slot is accepted".to_owned());
+    }
+    set(KVM_MEM_LOG_DIRTY_PAGES).map_err(|e| format!("KVM_MEM_LOG_DIRTY_PAGES: {e}"))
+}
+
 /// The page goes back and forth; whether the VMM saw more or less than it should.
 fn there_and_back(vm: &mut Vm) -> Result<Option<&'static str>, String> {
     if seen(vm, SECRET)? {
         return Ok(Some("the VMM sees memory that was never shared"));
     }
+    capabilities(vm)?;
+    flags(vm)?;
+    logged(vm, false)?;
     for n in 0..3 {
         if call(vm, SHARE)? != 0 {
             return Err("the guest can't share a page".to_owned());
@@ -107,6 +154,9 @@ fn there_and_back(vm: &mut Vm) -> Result<Option<&'static str>, String> {
         if vm.must(order::READ, DATA + PLACE, 0)? != n {
             return Err("the guest does not see what the VMM wrote".to_owned());
         }
+        // Each time again: it may have changed by then.
+        logged(vm, true)?;
+        logged(vm, true)?;
         if call(vm, UNSHARE)? != 0 {
             return Err("the guest does not get its page back".to_owned());
         }
@@ -116,7 +166,9 @@ fn there_and_back(vm: &mut Vm) -> Result<Option<&'static str>, String> {
         if vm.must(order::READ, DATA + PLACE, 0)? != SECRET {
             return Ok(Some("the guest's page changed after it was unshared"));
         }
+        logged(vm, false)?;
     }
+    vm.flags(1, DATA, &vm.data, 0).map_err(|e| format!("no dirty log any more: {e}"))?;
     Ok(None)
 }
 

@@ -190,6 +190,35 @@ impl Vm {
             .map_err(text("KVM_SET_USER_MEMORY_REGION"))
     }
 
+    /// Sets a slot's flags; the rest must be as it is.
+    pub fn flags(
+        &self,
+        slot: u32,
+        ipa: u64,
+        memory: &Memory,
+        flags: u32,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: ipa,
+            memory_size: SLOT,
+            userspace_addr: memory.address(),
+        };
+        // SAFETY: a mapping that is never unmapped, and never reached through a reference.
+        unsafe { self.vm.set_user_memory_region(region) }
+    }
+
+    /// Pages of a slot that are dirty.
+    pub fn dirty(&self, slot: u32) -> Result<Vec<u64>, String> {
+        let bytes = usize::try_from(SLOT).unwrap_or(0);
+        let words = self.vm.get_dirty_log(slot, bytes).map_err(text("KVM_GET_DIRTY_LOG"))?;
+        let bits = |(i, word): (u64, u64)| {
+            (0..64).filter(move |bit| word >> bit & 1 != 0).map(move |bit| i * 64 + bit)
+        };
+        Ok((0..).zip(words).flat_map(bits).collect())
+    }
+
     /// Gives the VM a GICv3; before the first run, after its vCPUs.
     pub fn gic(&self) -> Result<DeviceFd, String> {
         gic::create(&self.vm, 3)

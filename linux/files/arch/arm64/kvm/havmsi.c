@@ -437,6 +437,8 @@ static int launch(struct havmsi_vm *hv)
 	__le64 digest[4];
 	int ret;
 
+	BUILD_BUG_ON(sizeof(digest) != HAVMSI_DIGEST_SIZE);
+
 	step = "declaring RAM";
 	ret = havmsi_declare_ram(hv);
 	if (ret)
@@ -469,6 +471,8 @@ static int launch(struct havmsi_vm *hv)
 	digest[1] = cpu_to_le64(res.a2);
 	digest[2] = cpu_to_le64(res.a3);
 	digest[3] = cpu_to_le64(res.a4);
+	memcpy(hv->digest, digest, sizeof(digest));
+	hv->launches++;
 	kvm_info("HA-VMSI VM %llu launched, digest (as the monitor told the host) %*phN\n",
 		 hv->handle & 0xffff, (int)sizeof(digest), digest);
 	return 0;

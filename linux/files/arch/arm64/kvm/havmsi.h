@@ -16,6 +16,8 @@
 /* Device pages of a VM: the GICv2 virtual CPU interface has two. */
 #define HAVMSI_MAX_DEV	2
 
+#define HAVMSI_DIGEST_SIZE	32
+
 struct havmsi_dev {
 	u64 ipa;
 	u64 pa;
@@ -34,6 +36,13 @@ struct havmsi_tag {
  * pages, after the launch: of all VMs since boot.
  */
 extern atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused, havmsi_calls;
+
+/* Pages in a row of the table memory that the monitor has for a VM. */
+struct havmsi_chunk {
+	struct list_head list;
+	struct page *page;
+	unsigned int order;
+};
 
 struct havmsi_vm {
 	struct kvm *kvm;
@@ -59,6 +68,12 @@ struct havmsi_vm {
 	struct list_head pool;
 	struct havmsi_dev dev[HAVMSI_MAX_DEV];
 	int nr_dev;
+	/* For those who look: of the last launch, launches, faults that got a page. */
+	u8 digest[HAVMSI_DIGEST_SIZE];
+	unsigned long launches;
+	atomic64_t faults, seals, unseals, refusals;
+	/* The log has the line about dirty logging. */
+	bool told;
 };
 
 struct havmsi_vcpu {
@@ -87,5 +102,15 @@ int havmsi_declare_ram(struct havmsi_vm *hv);
 int havmsi_map_devices(struct havmsi_vm *hv);
 void havmsi_forget_pages(struct havmsi_vm *hv);
 void havmsi_unshared(struct havmsi_vcpu *hvcpu);
+
+/* havmsi_dirty.c, havmsi_debugfs.c: for KVM's own calls, in arm.c */
+void havmsi_sync_dirty_log(struct kvm *kvm, struct kvm_memory_slot *slot);
+void havmsi_create_debugfs(struct kvm *kvm);
+
+/* What the VM has at @gfn, for which @page is in the list; hv->lock is held. */
+enum havmsi_kind {
+	HAVMSI_PAGE_HOST, HAVMSI_PAGE_PRIVATE, HAVMSI_PAGE_SHARED, HAVMSI_PAGE_SEALED,
+};
+enum havmsi_kind havmsi_page_kind(struct havmsi_vm *hv, gfn_t gfn, struct page *page);
 
 #endif /* __KVM_HAVMSI_H */

@@ -19,6 +19,7 @@
 #include <linux/slab.h>
 #include <linux/string.h>
 #include <linux/swap.h>
+#include <linux/uaccess.h>
 
 #include <asm/asm-extable.h>
 #include <asm/kvm_emulate.h>
@@ -33,15 +34,9 @@
 
 /* ---- table memory ---- */
 
-struct pool_chunk {
-	struct list_head list;
-	struct page *page;
-	unsigned int order;
-};
-
 static int donate_chunk(struct havmsi_vm *hv, unsigned int order)
 {
-	struct pool_chunk *chunk = kmalloc(sizeof(*chunk), GFP_KERNEL_ACCOUNT);
+	struct havmsi_chunk *chunk = kmalloc(sizeof(*chunk), GFP_KERNEL_ACCOUNT);
 	long status;
 
 	if (!chunk)
@@ -89,7 +84,7 @@ int havmsi_pool_donate(struct havmsi_vm *hv, unsigned long pages)
 
 void havmsi_pool_free(struct havmsi_vm *hv)
 {
-	struct pool_chunk *chunk, *next;
+	struct havmsi_chunk *chunk, *next;
 
 	list_for_each_entry_safe(chunk, next, &hv->pool, list) {
 		__free_pages(chunk->page, chunk->order);
@@ -252,6 +247,13 @@ int arch_check_pinned(struct page **pages, int nr)
 
 atomic64_t havmsi_sealed, havmsi_unsealed, havmsi_refused, havmsi_calls;
 
+/* For the VM and for all. */
+static void count(atomic64_t *vm, atomic64_t *all)
+{
+	atomic64_inc(vm);
+	atomic64_inc(all);
+}
+
 /* In the list: the VM's page was taken back. Its tag says what it was. */
 #define GONE	xa_mk_value(0)
 
@@ -260,6 +262,27 @@ static struct havmsi_tag *tag_of(struct havmsi_vm *hv, gfn_t gfn)
 	struct havmsi_tag *tags = xa_load(&hv->tags, gfn / HAVMSI_TAGS);
 
 	return tags + gfn % HAVMSI_TAGS;
+}
+
+/*
+ * Only a store tells what is shared from what is private, and the log need not
+ * have a line for each of those.
+ */
+enum havmsi_kind havmsi_page_kind(struct havmsi_vm *hv, gfn_t gfn, struct page *page)
+{
+	bool shared;
+
+	if (page == GONE) {
+		struct havmsi_tag *tag = tag_of(hv, gfn);
+
+		return tag->low | tag->high ? HAVMSI_PAGE_SEALED : HAVMSI_PAGE_HOST;
+	}
+	if (!xa_load(&held, page_to_pfn(page)))
+		return HAVMSI_PAGE_HOST;
+	pagefault_disable();
+	shared = may_be_pinned(page);
+	pagefault_enable();
+	return shared ? HAVMSI_PAGE_SHARED : HAVMSI_PAGE_PRIVATE;
 }
 
 /* Room for the tags of pages that come: there is no memory to be had when they go. */
@@ -340,7 +363,7 @@ static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
 			for (i = 0; i < nr; i++)
 				xa_store(&hv->pages, gfn + i, page + i, GFP_NOWAIT);
 			if (tag->low | tag->high)
-				atomic64_inc(&havmsi_unsealed);
+				count(&hv->unseals, &havmsi_unsealed);
 			tag->low = tag->high = 0;
 		}
 		write_unlock(&kvm->mmu_lock);
@@ -356,7 +379,7 @@ static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
 			continue;
 		}
 		if ((long)regs.a0 == HAVMSI_ERR_INTEGRITY)
-			atomic64_inc(&havmsi_refused);
+			count(&hv->refusals, &havmsi_refused);
 		return havmsi_errno((long)regs.a0);
 	}
 }
@@ -442,7 +465,7 @@ void havmsi_unmap_range(struct kvm *kvm, u64 start, u64 size, bool may_block)
 		tag->low = res.a2;
 		tag->high = res.a3;
 		if (tag->low | tag->high)
-			atomic64_inc(&havmsi_sealed);
+			count(&hv->seals, &havmsi_sealed);
 		xa_erase(&held, page_to_pfn(page));
 		xa_store(&hv->pages, gfn, GONE, GFP_NOWAIT);
 		if (may_block)
@@ -764,6 +787,8 @@ static int map_page(struct kvm_vcpu *vcpu, u64 ipa)
 		off = 0;
 		done = give(hv, HAVMSI_FN_PAGE_MAP, gfn, page, 1, seq);
 	}
+	if (done > 0)
+		atomic64_inc(&hv->faults);
 	/* If the first ones went the guest may have to come again. */
 	ret = done < 0 ? done : 1;
 	done = max(done, 0L);

@@ -114,6 +114,9 @@ bool havmsi_handle_sea(unsigned long far, unsigned long esr,
 	if (ESR_ELx_EC(esr) != ESR_ELx_EC_DABT_CUR)
 		return false;
 	if (fixup_exception(regs)) {
+		/* Who turned faults off looks at the result. */
+		if (pagefault_disabled())
+			return true;
 		pr_warn_ratelimited("havmsi: %s[%d]: a system call's access to memory of a protected VM was refused\n",
 				    current->comm, task_pid_nr(current));
 		return true;
