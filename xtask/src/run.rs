@@ -138,6 +138,7 @@ impl Args {
             append,
             monitor: monitor.map(|m| m.image.clone()),
             behind: vec![],
+            secret: None,
             extra: vec![],
         }
     }

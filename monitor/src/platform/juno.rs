@@ -92,6 +92,8 @@ pub fn facts() -> Facts {
         ]),
         cpus: MAX_CPUS,
         seed,
+        // Its fuses are the SCP's and the CryptoCell's: docs/porting.md.
+        secret: None,
         images: 0,
     }
 }
