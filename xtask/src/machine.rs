@@ -39,7 +39,7 @@ impl Kind {
 /// The DMA engine of the tests: it reaches 40 bits of addresses.
 pub const EDU: &str = "edu,dma_mask=0xffffffffff";
 /// Virtio 1 only, with addresses as any other device has them.
-const VIRTIO: &str = "iommu_platform=on,disable-legacy=on";
+pub const VIRTIO: &str = "iommu_platform=on,disable-legacy=on";
 /// Bytes of the disk that the host writes to.
 const SCRATCH: u64 = 64 << 20;
 

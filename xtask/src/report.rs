@@ -70,6 +70,9 @@ pub struct Report {
     pub tcb: tcb::Summary,
     /// The machine that was emulated.
     pub machine: serde_json::Value,
+    /// The figures of `--scenario`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scenario: Option<serde_json::Value>,
     /// Times.
     pub seconds: Seconds,
 }

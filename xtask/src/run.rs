@@ -15,7 +15,7 @@ use crate::machine::{self, Config, Kind};
 use crate::report::{self, Report, Seconds};
 use crate::setup;
 use crate::ui::Step;
-use crate::{Ctx, build, digest, sh, tcb};
+use crate::{Ctx, build, debian, digest, sh, tcb};
 
 /// CPU models that the machine was tried with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -72,6 +72,9 @@ pub struct Args {
     /// Another job for the host's agent (userland/README.md lists them)
     #[arg(long, default_value = "run")]
     pub job: String,
+    /// What the job is about in full: machine, guests and job are the scenario's
+    #[arg(long, value_enum, conflicts_with_all = ["job", "control", "shell"])]
+    pub scenario: Option<Scenario>,
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -93,10 +96,18 @@ impl Default for Args {
             control: false,
             shell: false,
             job: "run".to_owned(),
+            scenario: None,
             json: None,
             append: String::new(),
         }
     }
+}
+
+/// A job with a machine of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Scenario {
+    /// Debian as guest: its disk encrypted with a key of the monitor's, a service, a reboot
+    DebianGuest,
 }
 
 /// Builds what a machine needs and configures it.
@@ -109,7 +120,7 @@ pub fn configure(ctx: &Ctx, args: &Args, kind: Kind) -> Result<Config> {
 
 impl Args {
     /// The machine that these options ask for.
-    fn config(
+    pub fn config(
         &self,
         kind: Kind,
         images: &Images,
@@ -165,7 +176,7 @@ pub fn one(ctx: &Ctx, config: &Config, total: Duration) -> Result<Outcome> {
 }
 
 /// An event in a few words.
-fn describe(event: &Value) -> String {
+pub fn describe(event: &Value) -> String {
     let text = |name: &str| event[name].as_str().unwrap_or_default();
     match text("event") {
         "progress" => {
@@ -208,6 +219,9 @@ fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) ->
 
 /// Runs both machines and judges what came of it.
 pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
+    if args.scenario == Some(Scenario::DebianGuest) {
+        return debian::execute(ctx, args);
+    }
     let start = Instant::now();
     setup::ensure(ctx, setup::ALL)?;
     let images = image::all(ctx)?;
@@ -263,6 +277,7 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
             "kernel": havmsi.as_ref().or(control.as_ref()).and_then(|o| o.start("kernel")).cloned(),
             "logs": ctx.log_dir,
         }),
+        scenario: None,
         seconds,
     })
 }
@@ -310,6 +325,9 @@ fn print_result(report: &Report, ctx: &Ctx) {
             g.corrupt,
             g.digest.as_deref().unwrap_or("-")
         );
+    }
+    if let Some(figures) = report.scenario.as_ref().and_then(Value::as_object) {
+        figures.iter().for_each(|(name, value)| println!("{name}: {value}"));
     }
     for problem in &report.problems {
         println!("PROBLEM {problem}");

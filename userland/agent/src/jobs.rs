@@ -4,7 +4,7 @@
 use crate::attacker::{Attacker, Via};
 use crate::guest::{self, Guest};
 use crate::params::Params;
-use crate::{checks, io, out, sys};
+use crate::{checks, debian, io, out, sys};
 use havmsi_abi::Function;
 use havmsi_operations::mark;
 use havmsi_proto::Seed;
@@ -42,6 +42,8 @@ impl Job<'_> {
             "devices" => self.devices(),
             "bench" => self.bench(),
             "applications" => self.applications(),
+            "debian" => debian::run(self),
+            "debian-again" => debian::again(self),
             "shell" => shell(),
             _ => Ok("looked around".to_owned()),
         }

@@ -21,7 +21,7 @@ pub struct Params {
     pub protected: bool,
 }
 
-const JOBS: [&str; 14] = [
+const JOBS: [&str; 16] = [
     "run",
     "attack",
     "smp4",
@@ -36,6 +36,8 @@ const JOBS: [&str; 14] = [
     "shell",
     "bench",
     "applications",
+    "debian",
+    "debian-again",
 ];
 
 impl Params {
