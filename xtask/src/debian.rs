@@ -5,7 +5,7 @@
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -117,21 +117,13 @@ fn unpack(ctx: &Ctx, archives: &[PathBuf], to: &Path) -> Result<()> {
         std::os::unix::fs::symlink(format!("usr/{name}"), to.join(name))?;
     }
     for deb in archives {
-        let mut from = Command::new("dpkg-deb")
-            .arg("--fsys-tarfile")
-            .arg(deb)
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start dpkg-deb")?;
-        let mut tar = Command::new("tar");
-        tar.args(["-x", "--keep-directory-symlink", "--no-same-owner", "-C"]).arg(to);
-        tar.args(EXCLUDED.map(|path| format!("--exclude=.{path}")));
-        tar.stdin(from.stdout.take().context("no pipe from dpkg-deb")?);
-        let unpacked = sh::run(&mut tar, &log(ctx));
-        if !from.wait()?.success() {
-            bail!("dpkg-deb can't read {}", deb.display());
-        }
-        unpacked?;
+        // tar notices if it gets less than an archive.
+        let script = "to=$1 deb=$2; shift 2; dpkg-deb --fsys-tarfile \"$deb\" | \
+            tar -x --keep-directory-symlink --no-same-owner -C \"$to\" \"$@\"";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh"]).arg(to).arg(deb);
+        command.args(EXCLUDED.map(|path| format!("--exclude=.{path}")));
+        sh::run(&mut command, &log(ctx))?;
     }
     Ok(())
 }

@@ -92,7 +92,7 @@ pub fn facts() -> Facts {
         ]),
         cpus: MAX_CPUS,
         seed,
-        // Its fuses are the SCP's and the CryptoCell's: docs/porting.md.
+        // docs/porting.md.
         secret: None,
         images: 0,
     }
