@@ -61,8 +61,7 @@ fn root(ctx: &Ctx, kernel: &Kernel) -> Result<PathBuf> {
     let key = Key::new("debian-root 1")
         .value("release", &codename)
         .value("packages", &PACKAGES.join(" "))
-        .file(&ctx.cache, "second-stage", &files.join("second-stage"))?
-        .tree(&ctx.cache, &files.join("root"))?;
+        .file(&ctx.cache, "second-stage", &files.join("second-stage"))?;
     if !ctx.cache.place("debian-root", &key).is_dir() {
         setup::ensure(ctx, &[Need::Debs, Need::Binutils, Need::Qemu])?;
     }
@@ -78,9 +77,7 @@ fn root(ctx: &Ctx, kernel: &Kernel) -> Result<PathBuf> {
         unpack(ctx, &archives, &all)?;
         debs::closure(&all, &dir.join("tools"), &TOOLS)?;
         let disk = work.join("root.ext2");
-        let from = work.join("files");
-        sh::run(Command::new("cp").arg("-a").arg(files.join("root")).arg(&from), &log(ctx))?;
-        prepare(&all, &archives, &files, &from)?;
+        prepare(&all, &archives, &files)?;
         image::ext2(ctx, &all, &disk, WORK_DISK)?;
         step.done();
         let (size, version) = second_stage(ctx, kernel, &disk, &work)?;
@@ -129,7 +126,7 @@ fn unpack(ctx: &Ctx, archives: &[PathBuf], to: &Path) -> Result<()> {
 }
 
 /// Puts in what the second stage works with.
-fn prepare(all: &Path, archives: &[PathBuf], files: &Path, ours: &Path) -> Result<()> {
+fn prepare(all: &Path, archives: &[PathBuf], files: &Path) -> Result<()> {
     let mut settings = "force-unsafe-io\n".to_owned();
     for path in EXCLUDED {
         settings.push_str(&format!("path-exclude={path}\n"));
@@ -140,7 +137,6 @@ fn prepare(all: &Path, archives: &[PathBuf], files: &Path, ours: &Path) -> Resul
     for deb in archives {
         fs::rename(deb, all.join("debs").join(deb.file_name().unwrap_or_default()))?;
     }
-    fs::rename(ours, all.join("havmsi"))?;
     fs::copy(files.join("second-stage"), all.join("second-stage"))?;
     Ok(())
 }
@@ -205,10 +201,12 @@ fn second_stage(ctx: &Ctx, kernel: &Kernel, disk: &Path, work: &Path) -> Result<
 fn files(ctx: &Ctx, root: &Path) -> Result<PathBuf> {
     let witness = build::programs(ctx)?.join("havmsi-guest");
     let init = ctx.root.join("userland/debian/init");
+    let overlay = ctx.root.join("userland/debian/overlay");
     let key = Key::new("debian 1")
         .value("root", &root.file_name().unwrap_or_default().to_string_lossy())
         .file(&ctx.cache, "init", &init)?
-        .file(&ctx.cache, "witness", &witness)?;
+        .file(&ctx.cache, "witness", &witness)?
+        .tree(&ctx.cache, &overlay)?;
     let dir = ctx.cache.entry("image", &key, |dir| {
         let archive = root.join("root.tar.zst");
         let mut cpio = Cpio::default();
@@ -218,7 +216,11 @@ fn files(ctx: &Ctx, root: &Path) -> Result<PathBuf> {
         cpio.char_device("dev/console", 0o600, 5, 1);
         cpio.char_device("dev/null", 0o666, 1, 3);
         cpio.copy("init", &init)?;
-        cpio.copy("havmsi-witness", &witness)?;
+        cpio.copy("overlay/usr/local/sbin/havmsi-witness", &witness)?;
+        for file in files_below(&overlay)? {
+            let name = file.strip_prefix(&overlay)?.to_string_lossy().into_owned();
+            cpio.copy(&format!("overlay/{name}"), &file)?;
+        }
         let tools = root.join("tools");
         for file in files_below(&tools)? {
             cpio.copy(&file.strip_prefix(&tools)?.to_string_lossy(), &file)?;
