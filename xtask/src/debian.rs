@@ -16,7 +16,7 @@ use crate::cpio::Cpio;
 use crate::job::{self, Limits, Outcome};
 use crate::kernel::Kernel;
 use crate::machine::{self, Config, Event, Kind, Machine, comma};
-use crate::report::{Report, Seconds};
+use crate::report::{self, Report, Seconds};
 use crate::setup::{self, Need};
 use crate::ui::Step;
 use crate::{Ctx, apt, build, debs, image, run, sh, tcb};
@@ -408,6 +408,78 @@ pub fn execute(ctx: &Ctx, args: &run::Args) -> Result<Report> {
             "kernel": first.start("kernel"), "logs": ctx.log_dir,
         }),
         scenario: Some(figures_),
+        seconds,
+    })
+}
+
+/// Debian's own kernel for arm64, as it comes, on a disk for the host: the disk, and the package.
+fn stock(ctx: &Ctx) -> Result<(PathBuf, String)> {
+    let codename = apt::codename()?;
+    let key = Key::new("debian-kernel 1").value("release", &codename);
+    let dir = ctx.cache.entry("debian-root", &key, |dir| {
+        ctx.cache.need_space(1200)?;
+        let step = Step::new("Debian's kernel: download and unpack", None);
+        let work = dir.join("work");
+        let sources = apt::release_sources(&apt::machine_sources()?, &codename)?;
+        let archives = debs::fetch(ctx, &work, &sources, &["linux-image-arm64"], None)?;
+        let name =
+            |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let package = archives.iter().find(|p| {
+            name(p)
+                .strip_prefix("linux-image-")
+                .is_some_and(|n| n.starts_with(|c: char| c.is_ascii_digit()))
+        });
+        let package = package.context("no kernel among the packages")?;
+        sh::run(Command::new("dpkg-deb").arg("-x").arg(package).arg(work.join("all")), &log(ctx))?;
+        let image = files_below(&work.join("all/boot"))?;
+        let image = image.iter().find(|p| name(p).starts_with("vmlinuz")).context("no vmlinuz")?;
+        let tree = work.join("files");
+        fs::create_dir_all(&tree)?;
+        fs::rename(image, tree.join("vmlinuz"))?;
+        image::ext2(ctx, &tree, &dir.join("kernel.ext2"), "64M")?;
+        fs::write(dir.join("PACKAGES"), name(package))?;
+        fs::remove_dir_all(&work)?;
+        step.done();
+        Ok(())
+    })?;
+    Ok((dir.join("kernel.ext2"), fs::read_to_string(dir.join("PACKAGES"))?))
+}
+
+/// The attacks of `run` on guests with that kernel.
+pub fn kernel(ctx: &Ctx, args: &run::Args) -> Result<Report> {
+    let start = Instant::now();
+    setup::ensure(ctx, setup::ALL)?;
+    let images = image::all(ctx)?;
+    let (disk, package) = stock(ctx)?;
+    let monitor = build::monitor(ctx)?;
+    let mut seconds = Seconds { build: start.elapsed().as_secs_f64(), ..Seconds::default() };
+    let words = format!("havmsi.kernel=/mnt/vmlinuz havmsi.timeout=900 {}", args.append);
+    let args = &run::Args { append: words, ..args.clone() };
+    let mut config = args.config(Kind::Havmsi, &images, Some(&monitor), "run");
+    config.extra = vec![
+        "-drive".to_owned(),
+        format!("if=none,id=files,format=raw,readonly=on,file={}", comma(&disk)),
+        "-device".to_owned(),
+        format!("virtio-blk-pci,drive=files,{}", machine::VIRTIO),
+    ];
+    let outcome = run::one(ctx, &config, Duration::from_secs(960))?;
+    let rows = report::rows(None, Some(&outcome));
+    let mut problems = report::problems(&rows, false, true, args.guests);
+    problems.extend(run::complaints(&outcome, "HA-VMSI", args.guests, true));
+    seconds.havmsi = outcome.seconds;
+    seconds.total = start.elapsed().as_secs_f64();
+    Ok(Report {
+        result: if problems.is_empty() { "ok" } else { "fail" },
+        problems,
+        guests: report::guests(&outcome, None),
+        checks: rows,
+        tcb: tcb::count(ctx)?,
+        machine: json!({
+            "cpu": args.cpu.name(), "gic": args.gic, "cpus": args.cpus, "mem_mib": args.mem,
+            "guests": args.guests, "vcpus": args.vcpus, "qemu": setup::qemu_version()?,
+            "kernel": outcome.start("kernel"), "logs": ctx.log_dir,
+        }),
+        scenario: Some(json!({ "name": "debian-kernel", "package": package })),
         seconds,
     })
 }

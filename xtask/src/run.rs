@@ -108,6 +108,8 @@ impl Default for Args {
 pub enum Scenario {
     /// Debian as guest: its disk encrypted with a key of the monitor's, a service, a reboot
     DebianGuest,
+    /// The attacks of `run`, on guests with Debian's own kernel as it comes
+    DebianKernel,
 }
 
 /// Builds what a machine needs and configures it.
@@ -189,7 +191,7 @@ pub fn describe(event: &Value) -> String {
 }
 
 /// What a single outcome says against itself.
-fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) -> Vec<String> {
+pub fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) -> Vec<String> {
     let mut found = Vec::new();
     match &outcome.done {
         Some((true, _)) => {}
@@ -219,8 +221,10 @@ fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) ->
 
 /// Runs both machines and judges what came of it.
 pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
-    if args.scenario == Some(Scenario::DebianGuest) {
-        return debian::execute(ctx, args);
+    match args.scenario {
+        Some(Scenario::DebianGuest) => return debian::execute(ctx, args),
+        Some(Scenario::DebianKernel) => return debian::kernel(ctx, args),
+        None => {}
     }
     let start = Instant::now();
     setup::ensure(ctx, setup::ALL)?;

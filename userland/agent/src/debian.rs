@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The disk with the guest's files, where it is mounted, and the guest's own disk.
 const FILES: &str = "/dev/vdc";
-const PLACE: &str = "/mnt";
+pub const PLACE: &str = "/mnt";
 const DISK: &str = "/dev/vdd";
 /// A line of the initramfs's `/init`, of which another image changes one byte.
 const COMMENT: &[u8] = b"# The measured half";
@@ -215,10 +215,15 @@ fn wait(guest: &Guest, word: &str, n: u64, limit: Duration) -> Result<(), String
     Err(format!("the guest never said `{word}` (ended: {ended}): {why:?}"))
 }
 
+/// Mounts what the host has on a disk of its own.
+pub fn mount() -> Result<(), String> {
+    busybox(&["mount", "-t", "ext2", "-o", "ro", FILES, PLACE])
+}
+
 fn prepare() -> Result<(), String> {
     // QEMU's user network listens there.
     busybox(&["ifconfig", "lo", "up"])?;
-    busybox(&["mount", "-t", "ext2", "-o", "ro", FILES, PLACE])
+    mount()
 }
 
 fn up(guest: &Guest, boot: u64) -> Result<Redis, String> {

@@ -202,7 +202,7 @@ impl Guest {
             .args(["-M", &machine, "-accel", "kvm", "-cpu", "host"])
             .args(["-smp", &params.vcpus.to_string(), "-m", &params.gmem.to_string()])
             .args(["-nic", "none", "-display", "none", "-monitor", "none", "-serial", "stdio"])
-            .args(["-kernel", "/havmsi/Image", "-initrd", "/havmsi/guest.cpio.gz"])
+            .args(["-kernel", &params.kernel, "-initrd", "/havmsi/guest.cpio.gz"])
             .args(["-append", &params.guest_cmdline(mode, params.seconds)]);
         if mode != "reboot" {
             command.arg("-no-reboot");

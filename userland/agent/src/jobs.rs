@@ -31,6 +31,9 @@ pub type End = Result<String, String>;
 impl Job<'_> {
     /// Does what the parameters ask for.
     pub fn run(&self) -> End {
+        if self.params.kernel.starts_with(debian::PLACE) {
+            debian::mount()?;
+        }
         match self.params.job.as_str() {
             "run" | "attack" => self.main(),
             "smp4" | "boot" => self.work(),

@@ -17,6 +17,8 @@ pub struct Params {
     pub rounds: u64,
     pub machine: String,
     pub thp: String,
+    /// The guests' kernel.
+    pub kernel: String,
     pub operations: String,
     pub protected: bool,
 }
@@ -61,6 +63,7 @@ impl Params {
             rounds: number(line, "rounds", 20, 1, 10_000)?,
             machine: word("machine", ""),
             thp: word("thp", "never"),
+            kernel: word("kernel", "/havmsi/Image"),
             operations: word("operations", ""),
             protected: number(line, "protected", 0, 0, 1)? == 1,
         };
