@@ -781,6 +781,10 @@ impl Machine for Bench {
         &self.pages
     }
 
+    fn secret(&self) -> Option<&[u8; 32]> {
+        None
+    }
+
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
         if self.map_held.get() {
             return f(&mut self.host.borrow_mut());

@@ -55,6 +55,10 @@ impl Transitions for World {
         &self.pages
     }
 
+    fn secret(&self) -> Option<&[u8; 32]> {
+        self.facts.secret.as_ref()
+    }
+
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
         f(&mut self.map.lock())
     }

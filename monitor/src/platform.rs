@@ -32,6 +32,9 @@ pub struct Facts {
     pub cpus: usize,
     /// Entropy that the host can't know.
     pub seed: Option<[u8; 32]>,
+    /// What the keys of VMs are made from: the same at each boot, other on each machine,
+    /// and nobody's but the monitor's.
+    pub secret: Option<[u8; 32]>,
     /// Bytes from the host's device tree on that the board's loader writes at each
     /// reset, all of them; 0 if it does not tell.
     pub images: u64,

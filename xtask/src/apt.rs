@@ -173,6 +173,29 @@ pub fn backports_entry(sources: &[Source], codename: &str) -> Result<Option<Stri
     entry_for(sources, codename, &[&suite]).map(Some)
 }
 
+/// Sources for a separate apt: the release with its updates, nothing newer.
+pub fn release_sources(sources: &[Source], codename: &str) -> Result<String> {
+    let newer = format!("{codename}-backports");
+    let is_own = |s: &&String| {
+        s.as_str() == codename || (s.starts_with(&format!("{codename}-")) && **s != newer)
+    };
+    let mut text = String::new();
+    for source in sources.iter().filter(|s| s.components.iter().any(|c| c == "main")) {
+        let suites: Vec<String> = source.suites.iter().filter(is_own).cloned().collect();
+        if !suites.is_empty() {
+            let base = Source { components: vec!["main".to_owned()], ..source.clone() };
+            text.push_str(&base.deb822(&suites));
+            text.push('\n');
+        }
+    }
+    if text.is_empty() {
+        bail!(
+            "no package source with a suite of `{codename}` and component `main` in /etc/apt: add one"
+        );
+    }
+    Ok(text)
+}
+
 /// Sources for a separate apt of another architecture: the release and its backports.
 pub fn foreign_sources(sources: &[Source], codename: &str) -> Result<String> {
     let mut text = String::new();
@@ -225,6 +248,22 @@ mod tests {
         assert_eq!(backports_entry(&sources, "bookworm").unwrap(), None);
         let text = foreign_sources(&sources, "bookworm").unwrap();
         assert_eq!(text.matches("bookworm-backports").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn a_release_comes_without_backports() {
+        let mut sources = parse_list(LIST);
+        sources.extend(parse_list(
+            "deb http://m/debian bookworm-backports main\ndeb http://s/x bookworm-security main",
+        ));
+        sources.extend(parse_list("deb http://m/tools bookworm-tools contrib"));
+        let text = release_sources(&sources, "bookworm").unwrap();
+        assert!(
+            text.contains("Suites: bookworm\n") && text.contains("bookworm-security"),
+            "{text}"
+        );
+        assert!(!text.contains("backports") && !text.contains("tools"), "{text}");
+        assert!(release_sources(&sources, "trixie").is_err());
     }
 
     #[test]

@@ -82,8 +82,16 @@ pub fn files_below(root: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Kinds of entries, each with a lock.
-const KINDS: [&str; 7] =
-    ["linux-source", "kernel", "module", "arm64-root", "image", "pkvm-source", "pkvm-kernel"];
+const KINDS: [&str; 8] = [
+    "linux-source",
+    "kernel",
+    "module",
+    "arm64-root",
+    "debian-root",
+    "image",
+    "pkvm-source",
+    "pkvm-kernel",
+];
 
 /// What else is in the cache folder, but for the locks.
 const OTHERS: [&str; 3] = ["tmp", "ccache", "hashes.json"];

@@ -14,6 +14,11 @@ use crate::setup::{self, Need};
 use crate::{Ctx, apt, sh, ui};
 
 const WANTED: [&str; 2] = ["qemu-system-arm", "busybox-static"];
+/// Programs of theirs: where the host has them, and where the packages do.
+const PROGRAMS: [(&str, &str); 2] = [
+    ("bin/busybox", "bin/busybox"),
+    ("usr/bin/qemu-system-aarch64", "usr/bin/qemu-system-aarch64"),
+];
 
 /// The files that the emulated host needs, below one folder (`usr/bin/...`, `lib/...`).
 pub fn arm64_root(ctx: &Ctx) -> Result<PathBuf> {
@@ -31,7 +36,7 @@ pub fn arm64_root(ctx: &Ctx) -> Result<PathBuf> {
         step.done();
         let step = ui::Step::new("arm64 QEMU and busybox: unpack", None);
         unpack(ctx, &archives, &work.join("all"))?;
-        closure(&work.join("all"), &dir.join("root"))?;
+        closure(&work.join("all"), &dir.join("root"), &PROGRAMS)?;
         let names: Vec<String> = archives
             .iter()
             .filter_map(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()))
@@ -90,16 +95,28 @@ pub fn prepare(work: &Path, sources: &str) -> Result<()> {
 }
 
 fn download(ctx: &Ctx, work: &Path, codename: &str) -> Result<Vec<PathBuf>> {
-    prepare(work, &apt::foreign_sources(&apt::machine_sources()?, codename)?)?;
+    let sources = apt::foreign_sources(&apt::machine_sources()?, codename)?;
+    fetch(ctx, work, &sources, &WANTED, Some(&apt::new_suite(codename)))
+}
+
+/// Downloads arm64 packages, those of `suite` first, with all that they depend on.
+pub fn fetch(
+    ctx: &Ctx,
+    work: &Path,
+    sources: &str,
+    packages: &[&str],
+    suite: Option<&str>,
+) -> Result<Vec<PathBuf>> {
+    prepare(work, sources)?;
     let log = ctx.log("arm64-root.log");
     sh::run(apt("apt-get", work, Some(ARM64)).arg("update"), &log).context(
         "cannot read the package lists for arm64 (network? does your mirror carry arm64?)",
     )?;
-    let suite = apt::new_suite(codename);
     let mut install = apt("apt-get", work, Some(ARM64));
     install
-        .args(["install", "-y", "--download-only", "--no-install-recommends", "-t", &suite])
-        .args(WANTED);
+        .args(["install", "-y", "--download-only", "--no-install-recommends"])
+        .args(suite.into_iter().flat_map(|suite| ["-t", suite]))
+        .args(packages);
     sh::run(&mut install, &log).context("cannot download the arm64 packages")?;
     let mut found = files_below(&work.join("cache/archives"))?;
     found.retain(|p| p.extension().is_some_and(|e| e == "deb"));
@@ -117,8 +134,8 @@ fn unpack(ctx: &Ctx, archives: &[PathBuf], to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies busybox, QEMU and the shared libraries that QEMU needs.
-fn closure(all: &Path, root: &Path) -> Result<()> {
+/// Copies programs (where to, where from below `all`) and the shared libraries that they need.
+pub fn closure(all: &Path, root: &Path, programs: &[(&str, &str)]) -> Result<()> {
     let mut libraries = BTreeMap::new();
     for base in ["lib", "usr/lib"] {
         for file in files_below(&all.join(base))? {
@@ -129,16 +146,15 @@ fn closure(all: &Path, root: &Path) -> Result<()> {
             }
         }
     }
-    let busybox =
-        [all.join("bin/busybox"), all.join("usr/bin/busybox")].into_iter().find(|p| p.is_file());
-    put(&busybox.context("no busybox in the arm64 packages")?, &root.join("bin/busybox"))?;
-    let qemu = root.join("usr/bin/qemu-system-aarch64");
-    put(&all.join("usr/bin/qemu-system-aarch64"), &qemu)?;
+    let mut todo = Vec::new();
+    for (to, from) in programs {
+        put(&all.join(from), &root.join(to))?;
+        todo.push(root.join(to));
+    }
     let loader = libraries
         .get("ld-linux-aarch64.so.1")
         .context("no dynamic loader in the arm64 packages")?;
     put(loader, &root.join("lib/ld-linux-aarch64.so.1"))?;
-    let mut todo = vec![qemu];
     let mut missing = Vec::new();
     while let Some(file) = todo.pop() {
         for name in needed(&file)? {

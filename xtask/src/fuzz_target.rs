@@ -184,6 +184,7 @@ pub fn run(ctx: &Ctx, args: &Args, limit: Option<Duration>) -> Result<Report> {
         append: String::new(),
         monitor: Some(build::test_monitor(ctx)?.image),
         behind: vec![],
+        secret: None,
         extra,
     };
     let mut report = Report {

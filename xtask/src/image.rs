@@ -114,18 +114,22 @@ pub fn host(ctx: &Ctx, kernel: &Kernel, guest: &Path) -> Result<PathBuf> {
         for file in files_below(&root)? {
             blocks += fs::metadata(&file)?.len().div_ceil(4096) + 1;
         }
-        let image = dir.join("host.ext2");
-        let mut command = Command::new("mke2fs");
-        // Debian keeps it where only root looks.
-        let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-        command.args(["-q", "-F", "-t", "ext2", "-b", "4096", "-m", "0", "-E", "root_owner=0:0"]);
-        command.arg("-d").arg(&root).arg(&image).arg((blocks + blocks / 20).to_string());
-        sh::run(&mut command, &ctx.log("image.log"))?;
+        ext2(ctx, &root, &dir.join("host.ext2"), &(blocks + blocks / 20).to_string())?;
         fs::remove_dir_all(&root)?;
         Ok(())
     })?;
     Ok(dir.join("host.ext2"))
+}
+
+/// Makes an ext2 image of a folder; its size in blocks of 4 KiB, or with a unit.
+pub fn ext2(ctx: &Ctx, root: &Path, image: &Path, size: &str) -> Result<()> {
+    let mut command = Command::new("mke2fs");
+    // Debian keeps it where only root looks.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    command.args(["-q", "-F", "-t", "ext2", "-b", "4096", "-m", "0", "-E", "root_owner=0:0"]);
+    command.arg("-d").arg(root).arg(image).arg(size);
+    sh::run(&mut command, &ctx.log("image.log"))
 }
 
 /// Builds kernel and both images.

@@ -39,7 +39,7 @@ impl Kind {
 /// The DMA engine of the tests: it reaches 40 bits of addresses.
 pub const EDU: &str = "edu,dma_mask=0xffffffffff";
 /// Virtio 1 only, with addresses as any other device has them.
-const VIRTIO: &str = "iommu_platform=on,disable-legacy=on";
+pub const VIRTIO: &str = "iommu_platform=on,disable-legacy=on";
 /// Bytes of the disk that the host writes to.
 const SCRATCH: u64 = 4 << 30;
 
@@ -66,6 +66,8 @@ pub struct Config {
     pub monitor: Option<PathBuf>,
     /// What lies behind the kernel, from a page's start on, as if it were part of it.
     pub behind: Vec<u8>,
+    /// The platform's secret, which VMs' keys are made from; without one the machine is new.
+    pub secret: Option<[u8; 32]>,
     /// More arguments for QEMU.
     pub extra: Vec<String>,
 }
@@ -141,16 +143,18 @@ impl Config {
                     }
                 }
                 let seed = dir.join("seed.bin");
-                let mut bytes = [0; 64];
-                std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
-                fs::write(&seed, bytes)?;
+                fs::write(&seed, random::<64>()?)?;
+                let secret = dir.join("secret.bin");
+                fs::write(&secret, self.secret.map_or_else(random, Ok)?)?;
                 command
                     .arg("-fw_cfg")
                     .arg(format!("name=opt/org.havmsi/ram-mib,string={}", self.mem_mib))
                     .arg("-fw_cfg")
                     .arg(format!("name=opt/org.havmsi/images,string={}", images_end - dtb_at))
                     .arg("-fw_cfg")
-                    .arg(format!("name=opt/org.havmsi/seed,file={}", comma(&seed)));
+                    .arg(format!("name=opt/org.havmsi/seed,file={}", comma(&seed)))
+                    .arg("-fw_cfg")
+                    .arg(format!("name=opt/org.havmsi/secret,file={}", comma(&secret)));
             }
         }
         self.devices(&mut command, dir)?;
@@ -176,6 +180,13 @@ impl Config {
         command.args(["-device", &format!("virtio-net-pci,netdev=net,romfile=,{VIRTIO}")]);
         Ok(())
     }
+}
+
+/// Random bytes.
+pub fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes)
 }
 
 /// QEMU's options separate by commas: one in a file name is doubled.

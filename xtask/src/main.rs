@@ -10,6 +10,7 @@ mod cache;
 mod cli_rows;
 mod coverage;
 mod cpio;
+mod debian;
 mod debs;
 mod deny;
 mod digest;

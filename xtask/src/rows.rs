@@ -442,6 +442,7 @@ pub fn payload_config(image: PathBuf, monitor: &build::Monitor, gic: u32, cpu: C
         append: String::new(),
         monitor: Some(monitor.image.clone()),
         behind: vec![],
+        secret: None,
         // A second DMA engine, on a bus that has no streams.
         extra: ["-device", "pcie-root-port,id=far", "-device", &format!("{EDU},bus=far")]
             .map(str::to_owned)

@@ -15,7 +15,7 @@ use crate::machine::{self, Config, Kind};
 use crate::report::{self, Report, Seconds};
 use crate::setup;
 use crate::ui::Step;
-use crate::{Ctx, build, digest, operate, sh, tcb};
+use crate::{Ctx, build, debian, digest, operate, sh, tcb};
 
 /// CPU models that the machine was tried with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -104,17 +104,21 @@ impl Default for Args {
 }
 
 /// A job with a machine of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Scenario {
     /// 3 guests of 1 GiB on a host of 2 GiB that swaps, compacts and scans with KSM
     Overcommit,
     /// A guest of 1 GiB on pages of 4 KiB, on transparent huge pages, on hugetlbfs: calls counted
     Hugepages,
+    /// Debian as guest: its disk encrypted with a key of the monitor's, a service, a reboot
+    DebianGuest,
+    /// The attacks of `run`, on guests with Debian's own kernel as it comes
+    DebianKernel,
 }
 
 impl Scenario {
-    /// The options that it stands for, and how long it may take.
-    fn args(self, args: &Args) -> (Args, Duration) {
+    /// The job, its options, and how long it may take; none if the scenario is more than a job.
+    fn job(self, args: &Args) -> Option<(Args, Duration, &'static str)> {
         let (guests, mem, job, words, limit) = match self {
             Self::Overcommit => {
                 let words =
@@ -125,6 +129,7 @@ impl Scenario {
                 let words = "havmsi.gmem=1024 havmsi.mib=900 havmsi.timeout=900";
                 (1, 3072, "hugepages", words, 1200)
             }
+            Self::DebianGuest | Self::DebianKernel => return None,
         };
         let args = Args {
             guests,
@@ -134,15 +139,7 @@ impl Scenario {
             append: format!("{words} {}", args.append),
             ..args.clone()
         };
-        (args, Duration::from_secs(limit))
-    }
-
-    /// The event that has its figures.
-    const fn event(self) -> &'static str {
-        match self {
-            Self::Overcommit => "overcommit",
-            Self::Hugepages => "hugepages",
-        }
+        Some((args, Duration::from_secs(limit), job))
     }
 }
 
@@ -156,7 +153,7 @@ pub fn configure(ctx: &Ctx, args: &Args, kind: Kind) -> Result<Config> {
 
 impl Args {
     /// The machine that these options ask for.
-    fn config(
+    pub fn config(
         &self,
         kind: Kind,
         images: &Images,
@@ -185,6 +182,7 @@ impl Args {
             append,
             monitor: monitor.map(|m| m.image.clone()),
             behind: vec![],
+            secret: None,
             extra: vec![],
         }
     }
@@ -211,7 +209,7 @@ pub fn one(ctx: &Ctx, config: &Config, total: Duration) -> Result<Outcome> {
 }
 
 /// An event in a few words.
-fn describe(event: &Value) -> String {
+pub fn describe(event: &Value) -> String {
     let text = |name: &str| event[name].as_str().unwrap_or_default();
     match text("event") {
         "progress" => {
@@ -224,7 +222,7 @@ fn describe(event: &Value) -> String {
 }
 
 /// What a single outcome says against itself.
-fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) -> Vec<String> {
+pub fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) -> Vec<String> {
     let mut found = Vec::new();
     match &outcome.done {
         Some((true, _)) => {}
@@ -254,10 +252,16 @@ fn complaints(outcome: &Outcome, title: &str, guests: u32, must_verify: bool) ->
 
 /// Runs both machines and judges what came of it.
 pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
+    match args.scenario {
+        Some(Scenario::DebianGuest) => return debian::execute(ctx, args),
+        Some(Scenario::DebianKernel) => return debian::kernel(ctx, args),
+        _ => {}
+    }
     let start = Instant::now();
-    let (args, limit) = match args.scenario {
-        Some(scenario) => &scenario.args(args),
-        None => &(args.clone(), LIMIT),
+    let scenario = args.scenario.and_then(|scenario| scenario.job(args));
+    let (args, limit, event) = match &scenario {
+        Some((args, limit, event)) => (args, *limit, Some(*event)),
+        None => (args, LIMIT, None),
     };
     setup::ensure(ctx, setup::ALL)?;
     let images = image::all(ctx)?;
@@ -271,8 +275,8 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
     };
     let mut seconds = Seconds { build: start.elapsed().as_secs_f64(), ..Seconds::default() };
     let control =
-        if args.no_control { None } else { Some(one(ctx, &config(Kind::Control), *limit)?) };
-    let havmsi = if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi), *limit)?) };
+        if args.no_control { None } else { Some(one(ctx, &config(Kind::Control), limit)?) };
+    let havmsi = if args.control { None } else { Some(one(ctx, &config(Kind::Havmsi), limit)?) };
     seconds.control = control.as_ref().map_or(0.0, |o| o.seconds);
     seconds.havmsi = havmsi.as_ref().map_or(0.0, |o| o.seconds);
 
@@ -319,7 +323,7 @@ pub fn execute(ctx: &Ctx, args: &Args) -> Result<Report> {
             "kernel": havmsi.as_ref().or(control.as_ref()).and_then(|o| o.start("kernel")).cloned(),
             "logs": ctx.log_dir,
         }),
-        scenario: havmsi.as_ref().zip(args.scenario).and_then(|(o, s)| last(o, s.event())),
+        scenario: havmsi.as_ref().and_then(|o| last(o, event?)),
         seconds,
     })
 }
@@ -372,6 +376,9 @@ fn print_result(report: &Report, ctx: &Ctx) {
             g.corrupt,
             g.digest.as_deref().unwrap_or("-")
         );
+    }
+    if let Some(figures) = report.scenario.as_ref().and_then(Value::as_object) {
+        figures.iter().for_each(|(name, value)| println!("{name}: {value}"));
     }
     for problem in &report.problems {
         println!("PROBLEM {problem}");

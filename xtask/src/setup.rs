@@ -69,7 +69,7 @@ fn packages(need: Need) -> &'static [&'static str] {
             "ccache",
         ],
         Need::Cxx => &["g++"],
-        Need::Debs => &["dpkg", "apt", "e2fsprogs"],
+        Need::Debs => &["dpkg", "apt", "e2fsprogs", "tar", "zstd"],
     }
 }
 

@@ -5,9 +5,9 @@
 use core::fmt::{Result, Write};
 
 use crate::{
-    ENTRY_OFFSET, EXIT_OFFSET, EntryFlags, Error, ExitClass, Function, MAX_IPA_BITS, MAX_LRS,
-    MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, MIN_IPA_BITS, SUCCESS,
-    UID, UID_CALL, VERSION_MAJOR, VERSION_MINOR, WORDS_ENTRY,
+    ENTRY_OFFSET, EXIT_OFFSET, EntryFlags, Error, ExitClass, Function, GUEST_KEY_CALL,
+    MAX_IPA_BITS, MAX_LRS, MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, MAX_RAM_RANGES, MAX_VCPUS_PER_VM,
+    MIN_IPA_BITS, SUCCESS, UID, UID_CALL, VERSION_MAJOR, VERSION_MINOR, WORDS_ENTRY,
 };
 
 /// Writes `asm/havmsi_abi.h`.
@@ -32,6 +32,7 @@ pub fn write(out: &mut impl Write) -> Result {
     for f in Function::ALL {
         writeln!(out, "#define HAVMSI_FN_{}\t{:#x}U", f.name(), f.id())?;
     }
+    define(out, "FN_GUEST_KEY", u64::from(GUEST_KEY_CALL))?;
     writeln!(out, "\n#define HAVMSI_SUCCESS\t{SUCCESS}")?;
     for e in Error::ALL {
         writeln!(out, "#define HAVMSI_ERR_{}\t({})", e.name(), e.code())?;

@@ -35,6 +35,8 @@ pub const UID_CALL: u32 = 0x8200_ff01;
 /// only. SUCCESS, or INTEGRITY with the violation on the monitor's console.
 /// No vCPU may run meanwhile, and no other CPU call.
 pub const AUDIT_CALL: u32 = 0xc200_ff00;
+/// A guest's call (SMC64), not the host's: `half (0, 1) -> 16 bytes of its key`.
+pub const GUEST_KEY_CALL: u32 = 0xc200_0100;
 /// First function identifier of the host ABI.
 pub const FUNCTION_BASE: u32 = 0xc200_0000;
 

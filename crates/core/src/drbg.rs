@@ -3,7 +3,7 @@
 //! state is replaced before any output leaves, so that what was given out can't
 //! be computed from a later state.
 
-use sha2::{Digest, Sha256};
+use crate::launch::sha256;
 
 /// A generator; without a seed it gives nothing.
 #[derive(Debug, Default)]
@@ -12,11 +12,7 @@ pub struct Drbg {
 }
 
 fn derive(key: &[u8; 32], label: u8) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    hash.update(b"HA-VMSI DRBG");
-    hash.update([label]);
-    hash.update(key);
-    hash.finalize().into()
+    sha256(&[b"HA-VMSI DRBG", &[label], key])
 }
 
 impl Drbg {
@@ -25,12 +21,8 @@ impl Drbg {
 
     /// Adds entropy; of the same seed, another `start` makes another state.
     pub fn seed(&mut self, seed: &[u8; 32], start: u64) {
-        let mut hash = Sha256::new();
-        hash.update(b"HA-VMSI seed");
-        hash.update(self.key.unwrap_or_default());
-        hash.update(seed);
-        hash.update(start.to_le_bytes());
-        self.key = Some(hash.finalize().into());
+        let old = self.key.unwrap_or_default();
+        self.key = Some(sha256(&[b"HA-VMSI seed", &old, seed, &start.to_le_bytes()]));
     }
 
     /// 32 random bytes; `None` without a seed.

@@ -525,6 +525,8 @@ pub struct FakeMachine<'a> {
     pub pages: Pages<'a>,
     /// The host's map.
     pub host: Mutex<HostMap>,
+    /// What keys are made from.
+    pub secret: Option<[u8; 32]>,
 }
 
 impl<'a> FakeMachine<'a> {
@@ -552,7 +554,7 @@ impl<'a> FakeMachine<'a> {
             hw.watch(stage2::vttbr(root(VmSlot(slot)), VmSlot(slot).vmid()));
         }
         hw.take_events();
-        Self { hw, pages, host: Mutex::new(host) }
+        Self { hw, pages, host: Mutex::new(host), secret: Some([7; 32]) }
     }
 
     /// The host's leaf for a page.
@@ -576,6 +578,9 @@ impl Machine for FakeMachine<'_> {
     }
     fn pages(&self) -> &Pages<'_> {
         &self.pages
+    }
+    fn secret(&self) -> Option<&[u8; 32]> {
+        self.secret.as_ref()
     }
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R {
         f(&mut self.host.lock().unwrap_or_else(std::sync::PoisonError::into_inner))

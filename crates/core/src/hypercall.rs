@@ -21,6 +21,7 @@ mod id {
     pub const TRNG_UUID: u32 = 0x8400_0052;
     pub const TRNG_RND: u32 = 0x8400_0053;
     pub const WIDE_TRNG_RND: u32 = TRNG_RND | SMC64;
+    pub const GUEST_KEY: u32 = havmsi_abi::GUEST_KEY_CALL & !SMC64;
     pub const KVM_UID: u32 = 0x8600_ff01;
     pub const KVM_FEATURES: u32 = 0x8600_0000;
     pub const HYP_MEMINFO: u32 = 0x8600_0002;
@@ -92,6 +93,10 @@ pub fn call(
             }
             INVALID_PARAMETERS
         }
+        (id::GUEST_KEY, true) => match vm.key(m, a1) {
+            Some([low, high]) => return Ok([0, low, high, 0]),
+            None => NOT_SUPPORTED,
+        },
         (id::KVM_UID, false) => return Ok(KVM_UID),
         (id::KVM_FEATURES, false) => KVM_FEATURES,
         (id::HYP_MEMINFO, true) if a1 | a2 | a3 == 0 => PAGE_SIZE,

@@ -21,6 +21,19 @@ use crate::ram::Range;
 /// A launch digest.
 pub type Digest = [u8; 32];
 
+/// The hash of `parts`, one behind the other.
+pub(crate) fn sha256(parts: &[&[u8]]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    parts.iter().for_each(|part| hash.update(part));
+    hash.finalize().into()
+}
+
+/// The key of the VM with this digest on the platform with this secret. As all parts
+/// have a fixed length, a hash is as good here as HMAC: nothing can be appended.
+pub fn key(secret: &[u8; 32], digest: &Digest) -> [u8; 32] {
+    sha256(&[b"HA-VMSI key 1", secret, digest])
+}
+
 /// Where a vCPU starts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Boot {
@@ -131,6 +144,15 @@ mod tests {
 
     fn digest(launch: &Launch) -> Digest {
         launch.digest(&CONFIG, RAM.iter(), &NONE, core::iter::once((0, BOOT)))
+    }
+
+    #[test]
+    fn a_key_is_of_one_digest_and_one_secret() {
+        // By another implementation.
+        assert_eq!(key(&[1; 32], &[2; 32])[..4], [0xf7, 0x57, 0x09, 0x75]);
+        assert_ne!(key(&[1; 32], &[2; 32]), key(&[1; 32], &[3; 32]));
+        assert_ne!(key(&[1; 32], &[2; 32]), key(&[2; 32], &[2; 32]));
+        assert_ne!(key(&[1; 32], &[2; 32]), key(&[2; 32], &[1; 32]));
     }
 
     #[test]

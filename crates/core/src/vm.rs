@@ -14,11 +14,11 @@ use havmsi_abi::{
     Error, MAX_PAGES_PER_CALL, MAX_PAGES_PER_MAP, MAX_RAM_RANGES, MAX_VCPUS_PER_VM, PAGE_SIZE,
 };
 
-use crate::addr::{Ipa, Pa, index};
+use crate::addr::{Ipa, Pa, index, words};
 use crate::guest_map::GuestMap;
 use crate::host_map::HostMap;
 use crate::hw::Hardware;
-use crate::launch::{Boot, Config, Digest, Launch};
+use crate::launch::{self, Boot, Config, Digest, Launch};
 use crate::page::{Claimed, Clean, Isolated, Owner, Page, Pages, VmSlot};
 use crate::psci::{self, Power};
 use crate::ram::Range;
@@ -34,6 +34,8 @@ pub trait Machine {
     fn hw(&self) -> &Self::Hw;
     /// The ownership records.
     fn pages(&self) -> &Pages<'_>;
+    /// What the keys of VMs are made from.
+    fn secret(&self) -> Option<&[u8; 32]>;
     /// The host's map, locked for the length of `f`.
     fn with_host_map<R>(&self, f: impl FnOnce(&mut HostMap) -> R) -> R;
 }
@@ -127,6 +129,8 @@ pub struct Vm {
     guards: [Range; MAX_GUARDS],
     pub(crate) map: GuestMap,
     launch: Launch,
+    /// Of the launch, once it is closed.
+    digest: Digest,
     pub(crate) vcpus: [Vcpu; MAX_VCPUS_PER_VM],
     cntvoff: u64,
     pub(crate) seal: Seal,
@@ -160,6 +164,7 @@ impl Vm {
         guards: [Range { base: 0, size: 0 }; MAX_GUARDS],
         map: GuestMap::new(VmSlot(0), Pa(0)),
         launch: Launch::NEW,
+        digest: [0; 32],
         vcpus: [Vcpu::NONE; MAX_VCPUS_PER_VM],
         cntvoff: 0,
         seal: Seal::new([0; 32]),
@@ -415,7 +420,7 @@ impl Vm {
             return Err(Error::State);
         }
         self.ram.sort_unstable_by_key(|r| (r.size == 0, r.base));
-        let digest = self.launch.digest(
+        self.digest = self.launch.digest(
             &self.config,
             self.ram.iter().filter(|r| r.size != 0),
             &self.devices,
@@ -426,7 +431,13 @@ impl Vm {
         }
         m.hw().invalidate_icache();
         self.phase = Phase::Active;
-        Ok(digest)
+        Ok(self.digest)
+    }
+
+    /// Half `half` of the VM's key; it is final, for a vCPU asks.
+    pub fn key(&self, m: &impl Machine, half: u64) -> Option<[u64; 2]> {
+        let key = words::<4>(&launch::key(m.secret()?, &self.digest));
+        key.as_chunks().0.get(index(half)).copied()
     }
 
     /// Donates `size` bytes, all or none; the guest sees zeros (I7). Where the host took
@@ -725,7 +736,7 @@ impl Vm {
             self.phase = phase;
             self.devices = Range::default();
             self.guards = [Range::default(); MAX_GUARDS];
-            self.launch = Launch::NEW;
+            (self.launch, self.digest) = (Launch::NEW, [0; 32]);
             self.map.begin_teardown(m.hw());
         }
         self.map.teardown(m, MAX_PAGES_PER_CALL, |page| wipe_to_host(m, page))

@@ -91,6 +91,8 @@ pub fn facts() -> Facts {
         ]),
         cpus: MAX_CPUS,
         seed,
+        // docs/porting.md.
+        secret: None,
         images: 0,
     }
 }

@@ -49,9 +49,10 @@ const SMMU: Registers = registers(0x0905_0000, 0x1_0000);
 const GPIO: Gpio = Gpio(registers(0x090b_0000, 0x1000));
 const PIN_POWER_OFF: u32 = 0;
 const PIN_RESET: u32 = 1;
-/// Files of fw_cfg: entropy; RAM in MiB (the `virt` machine tells its size
+/// Files of fw_cfg: entropy; the secret that keys are made from; RAM in MiB (the `virt` machine tells its size
 /// nowhere but in the device tree); bytes that QEMU loads.
 const SEED_FILE: &str = "opt/org.havmsi/seed";
+const SECRET_FILE: &str = "opt/org.havmsi/secret";
 const RAM_FILE: &str = "opt/org.havmsi/ram-mib";
 const IMAGES_FILE: &str = "opt/org.havmsi/images";
 
@@ -79,12 +80,15 @@ pub fn facts() -> Facts {
         panic!("QEMU needs -fw_cfg name={RAM_FILE},string=N, N being the MiB of -m");
     };
     assert!(mib.is_multiple_of(2), "-m must be a multiple of 2 MiB");
-    let mut seed = [0; 32];
-    let seeded = FW_CFG.read_file(SEED_FILE, &mut seed) == Some(seed.len());
+    let read = |file| {
+        let mut bytes = [0; 32];
+        (FW_CFG.read_file(file, &mut bytes) == Some(bytes.len())).then_some(bytes)
+    };
     Facts {
         ram: Ram::new([Range { base: RAM_BASE, size: mib << 20 }, Range::default()]),
         cpus: usize::from(FW_CFG.cpu_count()).min(MAX_CPUS),
-        seed: seeded.then_some(seed),
+        seed: read(SEED_FILE),
+        secret: read(SECRET_FILE),
         images: FW_CFG.read_number(IMAGES_FILE).unwrap_or(0),
     }
 }

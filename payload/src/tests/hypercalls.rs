@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a guest may call: answers of the monitor, and calls that reach the host.
 
-use havmsi_abi::{EntryFlags, ExitClass, FUNCTION_BASE, Function, UID};
+use havmsi_abi::{EntryFlags, ExitClass, FUNCTION_BASE, Function, GUEST_KEY_CALL, UID};
 
 use crate::guest::{Exit, RAM, Vcpu, Vm};
 use crate::harness::{Failure, Outcome};
-use crate::smc::{STATE, host, psci};
+use crate::smc::{self, STATE, host, psci};
 use crate::{ensure, expect, guest_program, test};
 
 // Calls what the host tells it to, and reports x0 to x3.
@@ -171,6 +171,39 @@ fn forwarded_to_the_host() -> Outcome {
     Ok(())
 }
 test!(forwarded_to_the_host, "T08");
+
+/// The key of the VM that starts so, as its vCPU gets it.
+fn key_of(program: &[u8], x0: u64) -> Result<[u64; 4], Failure> {
+    const KEY: u64 = GUEST_KEY_CALL as u64;
+    let (vm, mut vcpu) = Vm::launch(program, [x0, 0, 0, 0])?;
+    let halves = [make(&mut vcpu, [KEY, 0, 0, 0])?, make(&mut vcpu, [KEY, 1, 0, 0])?];
+    let [Called::Answered([0, a, b, 0]), Called::Answered([0, c, d, 0])] = halves else {
+        return Err(Failure::new(format_args!("{halves:x?}")));
+    };
+    for half in [2, 1 << 32, u64::MAX] {
+        let called = make(&mut vcpu, [KEY, half, 0, 0])?;
+        expect!(called, Called::Answered([psci::NOT_SUPPORTED, 0, 0, 0]));
+    }
+    let called = make(&mut vcpu, [KEY & !0x4000_0000, 0, 0, 0])?;
+    expect!(called, Called::Answered([psci::NOT_SUPPORTED, 0, 0, 0]));
+    // Nor does the host get it.
+    let asked = smc::call([KEY, 0, 0, 0, 0, 0, 0, 0]);
+    expect!(asked, [psci::NOT_SUPPORTED, 0, 0, 0, 0, 0, 0, 0]);
+    vm.destroy()?;
+    Ok([a, b, c, d])
+}
+
+/// The same launch gives the same key, any other another.
+fn keys() -> Outcome {
+    let all = [key_of(by_hvc(), 0)?, key_of(by_smc(), 0)?, key_of(by_hvc(), 1)?];
+    expect!(key_of(by_hvc(), 0)?, all[0]);
+    for (i, key) in all.iter().enumerate() {
+        ensure!(key.iter().all(|word| *word != 0), "{key:x?}");
+        ensure!(!all[..i].contains(key), "key {i} is another VM's");
+    }
+    Ok(())
+}
+test!(keys, "T11");
 
 fn random_numbers() -> Outcome {
     let (vm, mut vcpu) = Vm::launch(by_hvc(), [0; 4])?;

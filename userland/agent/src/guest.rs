@@ -15,14 +15,16 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-const QEMU: &str = "/usr/bin/qemu-system-aarch64";
+pub const QEMU: &str = "/usr/bin/qemu-system-aarch64";
 /// Puts a pool for transfers into the guest's device tree.
-const RUN: &str = "/havmsi/run";
+pub const RUN: &str = "/havmsi/run";
 /// MiB of that pool.
 pub const POOL_MIB: u64 = 16;
 /// The host's disk that guests use, each a part of its own, past the host's page cache.
 const DISK: &str = "/dev/vdb";
 const DISK_PART: u64 = 16 << 20;
+/// What a distribution's own lines begin with.
+const DEBIAN_PREFIX: &str = "@debian ";
 /// What the host answers on a guest's second console.
 pub const GREETING: &str = "it is I, the host";
 /// Where QEMU's `virt` machine has its RAM.
@@ -73,6 +75,8 @@ pub struct State {
     pub old: Option<String>,
     pub ended: bool,
     pub last: String,
+    /// What a distribution said, from its initramfs on.
+    pub debian: Vec<String>,
 }
 
 type Shared = Arc<(Mutex<State>, Condvar)>;
@@ -153,6 +157,8 @@ fn listen(index: usize, from: impl Read, shared: &Shared) {
             text.clone_into(&mut state.last);
             if let Some((_, object)) = text.split_once(GUEST_PREFIX) {
                 state.take(index, object);
+            } else if let Some((_, said)) = text.split_once(DEBIAN_PREFIX) {
+                state.debian.push(said.to_owned());
             }
             shared.1.notify_all();
         }
@@ -198,7 +204,7 @@ impl Guest {
             .args(["-M", &machine, "-accel", "kvm", "-cpu", "host"])
             .args(["-smp", &params.vcpus.to_string(), "-m", &params.gmem.to_string()])
             .args(["-nic", "none", "-display", "none", "-monitor", "none", "-serial", "stdio"])
-            .args(["-kernel", "/havmsi/Image", "-initrd", "/havmsi/guest.cpio.gz"])
+            .args(["-kernel", &params.kernel, "-initrd", "/havmsi/guest.cpio.gz"])
             .args(["-append", &params.guest_cmdline(mode, params.seconds)]);
         if mode != "reboot" {
             command.arg("-no-reboot");
@@ -213,6 +219,11 @@ impl Guest {
             // Root may lock what it likes.
             command.args(["-run-with", "user=1:1"]);
         }
+        Self::spawn(index, command)
+    }
+
+    /// Starts this QEMU, whose standard output is the guest's console.
+    pub fn spawn(index: usize, mut command: Command) -> Result<Self, String> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|e| format!("{QEMU}: {e}"))?;
         let shared = Shared::default();

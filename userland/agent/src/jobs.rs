@@ -4,7 +4,7 @@
 use crate::attacker::{Attacker, Via};
 use crate::guest::{self, Guest};
 use crate::params::Params;
-use crate::{checks, hugepages, io, operate, out, overcommit, sys};
+use crate::{checks, debian, hugepages, io, operate, out, overcommit, sys};
 use havmsi_abi::Function;
 use havmsi_operations::mark;
 use havmsi_proto::Seed;
@@ -31,6 +31,9 @@ pub type End = Result<String, String>;
 impl Job<'_> {
     /// Does what the parameters ask for.
     pub fn run(&self) -> End {
+        if self.params.kernel.starts_with(debian::PLACE) {
+            debian::mount()?;
+        }
         match self.params.job.as_str() {
             "run" | "attack" => self.main(),
             "smp4" | "boot" => self.work(),
@@ -45,6 +48,8 @@ impl Job<'_> {
             "operate" => operate::job(self),
             "bench" => self.bench(),
             "applications" => self.applications(),
+            "debian" => debian::run(self),
+            "debian-again" => debian::again(self),
             "shell" => shell(),
             _ => Ok("looked around".to_owned()),
         }

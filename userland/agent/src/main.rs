@@ -4,6 +4,7 @@
 
 mod attacker;
 mod checks;
+mod debian;
 mod guest;
 mod hugepages;
 mod io;

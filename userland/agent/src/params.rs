@@ -18,11 +18,13 @@ pub struct Params {
     pub rounds: u64,
     pub machine: String,
     pub thp: String,
+    /// The guests' kernel.
+    pub kernel: String,
     pub operations: String,
     pub protected: bool,
 }
 
-const JOBS: [&str; 17] = [
+const JOBS: [&str; 19] = [
     "run",
     "attack",
     "smp4",
@@ -40,6 +42,8 @@ const JOBS: [&str; 17] = [
     "shell",
     "bench",
     "applications",
+    "debian",
+    "debian-again",
 ];
 
 impl Params {
@@ -63,6 +67,7 @@ impl Params {
             rounds: number(line, "rounds", 20, 1, 10_000)?,
             machine: word("machine", ""),
             thp: word("thp", "never"),
+            kernel: word("kernel", "/havmsi/Image"),
             operations: word("operations", ""),
             protected: number(line, "protected", 0, 0, 1)? == 1,
         };

@@ -5,6 +5,7 @@
 
 mod bench;
 mod io;
+mod keep;
 mod spin;
 mod sys;
 mod work;
@@ -160,8 +161,11 @@ fn run() -> Result<sys::End, String> {
 }
 
 fn main() {
-    if std::env::args().nth(1).as_deref() == Some(bench::NOTHING) {
-        return;
+    let mut words = std::env::args().skip(1);
+    match words.next().as_deref() {
+        Some(bench::NOTHING) => return,
+        Some("keep") => keep::run(&words.next().unwrap_or_default()),
+        _ => {}
     }
     let end = run().unwrap_or_else(|e| {
         say(Object::event("verdict").value("ok", false).text("text", &e));

@@ -2,6 +2,7 @@
 use std::sync::LazyLock;
 
 use super::*;
+use crate::addr::{Pa, words};
 use crate::fake::{FakeMachine, host_page, records, root};
 use crate::launch::Config;
 use crate::page::VmSlot;
@@ -90,6 +91,63 @@ fn the_monitor_answers_what_it_can() {
     for f in havmsi_abi::Function::ALL {
         assert_eq!(ask(vm, [u64::from(f.id()), 1, 1, 1]), NOT_SUPPORTED);
     }
+}
+
+/// The key of a VM that starts at `pc`, as it asks for it.
+fn key_of(m: &FakeMachine<'_>, slot: u8, pc: u64) -> Option<[u64; 4]> {
+    let mut vm = Vm::FREE;
+    let config = Config { ipa_bits: 32, gic: 3, max_vcpus: 1 };
+    vm.create(VmSlot(slot), root(VmSlot(slot)), config, 0).unwrap();
+    vm.create_vcpu(m, 0, host_page(u64::from(slot)).0, 0).unwrap();
+    vm.set_boot(0, Boot { pc, ..Boot::default() }).unwrap();
+    let digest = vm.activate(m).unwrap();
+    let mut ask = |half| super::call(m, &mut vm, 0, [GUEST_KEY, half, 0, 0], || None).unwrap();
+    for half in [2, 3, 1 << 32, u64::MAX] {
+        assert_eq!(ask(half), [NOT_SUPPORTED, 0, 0, 0]);
+    }
+    let [[status, a, b, _], [also, c, d, _]] = [ask(0), ask(1)];
+    assert_eq!(status, also);
+    let key = m.secret.map(|secret| words(&crate::launch::key(&secret, &digest)));
+    assert_eq!(key, (status == 0).then_some([a, b, c, d]));
+    key
+}
+
+const GUEST_KEY: u64 = havmsi_abi::GUEST_KEY_CALL as u64;
+
+#[test]
+fn a_key_is_that_of_the_launch_and_the_platform() {
+    let (own, others) = (records(), records());
+    let (m, mut other) = (FakeMachine::new(&own), FakeMachine::new(&others));
+    let key = key_of(&m, 0, 0x8000_0000);
+    assert!(key.is_some());
+    assert_eq!(key_of(&m, 1, 0x8000_0000), key);
+    assert_ne!(key_of(&m, 2, 0x8000_0004), key);
+    other.secret = Some([8; 32]);
+    assert_ne!(key_of(&other, 0, 0x8000_0000), key);
+    other.secret = None;
+    assert_eq!(key_of(&other, 1, 0x8000_0000), None);
+    // Not by SMC32.
+    assert_eq!(ask(&mut vm(), [GUEST_KEY & !0x4000_0000, 0, 0, 0]), NOT_SUPPORTED);
+}
+
+#[test]
+fn a_key_is_final_and_a_reset_makes_another() {
+    let m = FakeMachine::new(records().leak());
+    let mut vm = Vm::FREE;
+    let config = Config { ipa_bits: 32, gic: 2, max_vcpus: 1 };
+    vm.create(VmSlot(0), root(VmSlot(0)), config, 0).unwrap();
+    vm.create_vcpu(&m, 0, host_page(0).0, 0).unwrap();
+    vm.donate_pool(&m, host_page(1).0, 4).unwrap();
+    vm.set_boot(0, Boot::default()).unwrap();
+    vm.activate(&m).unwrap();
+    let key = vm.key(&m, 0);
+    // What the launch measured, changed after it.
+    vm.map_device(&m, 0x802_0000, Pa(0x804_0000)).unwrap();
+    assert_eq!(vm.key(&m, 0), key);
+    while vm.reset(&m).is_err() {}
+    vm.set_boot(0, Boot { pc: 4, ..Boot::default() }).unwrap();
+    vm.activate(&m).unwrap();
+    assert_ne!(vm.key(&m, 0), key);
 }
 
 #[test]
