@@ -97,7 +97,7 @@ fn the_monitor_answers_what_it_can() {
 fn key_of(m: &FakeMachine<'_>, slot: u8, pc: u64) -> Option<[u64; 4]> {
     let mut vm = Vm::FREE;
     let config = Config { ipa_bits: 32, gic: 3, max_vcpus: 1 };
-    vm.create(VmSlot(slot), root(VmSlot(slot)), config, 0).unwrap();
+    vm.create(VmSlot(slot), root(VmSlot(slot)), config, 0, [1; 32]).unwrap();
     vm.create_vcpu(m, 0, host_page(u64::from(slot)).0, 0).unwrap();
     vm.set_boot(0, Boot { pc, ..Boot::default() }).unwrap();
     let digest = vm.activate(m).unwrap();
@@ -135,7 +135,7 @@ fn a_key_is_final_and_a_reset_makes_another() {
     let m = FakeMachine::new(records().leak());
     let mut vm = Vm::FREE;
     let config = Config { ipa_bits: 32, gic: 2, max_vcpus: 1 };
-    vm.create(VmSlot(0), root(VmSlot(0)), config, 0).unwrap();
+    vm.create(VmSlot(0), root(VmSlot(0)), config, 0, [1; 32]).unwrap();
     vm.create_vcpu(&m, 0, host_page(0).0, 0).unwrap();
     vm.donate_pool(&m, host_page(1).0, 4).unwrap();
     vm.set_boot(0, Boot::default()).unwrap();
