@@ -439,9 +439,10 @@ fn range(victim: &mut Victim) -> Outcome {
 }
 attack!(range, "t26::range");
 
-/// So many pages that their size is no number any more.
+/// So many pages that their size is no number any more; the first is there.
 fn overflow(_: &mut Victim) -> Outcome {
     let (vm, _) = Vm::launch(nothing(), [0; 4])?;
+    vm.map(FREE)?;
     let result = vm.call(Function::PageUnmap, &[FREE, 1 << 52 | 1]);
     verdict(result.is_ok(), format_args!("PAGE_UNMAP: {result:?}"))
 }

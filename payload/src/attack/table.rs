@@ -102,7 +102,7 @@ pub const TABLE: &[Attack] = &[
     attack("T26", "t26::lent_run_page", "RunPage", "a run page is given to a VM while the monitor uses it (as CVE-2026-64286)"),
     attack("T26", "t26::used_lrs", "LrCount", "more list registers than there are (as CVE-2026-64287)").gic(3).stops(),
     attack("T26", "t26::flag_without_state", "DebugState", "a guest arms breakpoints and gets the host's (as CVE-2026-98928)"),
-    attack("T26", "t26::overflow", "CallBound", "a number of pages whose size overflows (as CVE-2026-0028)").stops(),
+    attack("T26", "t26::overflow", "CallBound", "a number of pages whose size overflows (as CVE-2026-0028)"),
     attack("T26", "t26::beyond_the_space", "RamSpace", "RAM beyond the address space, where its tables wrap (as CVE-2026-0028)"),
     attack("T26", "t26::range", "EveryPage", "a donated range of which only the first page is the host's"),
     attack("T27", "t27::abort", "Inject", "an external abort at an instruction that made no access"),
