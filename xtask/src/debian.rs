@@ -268,11 +268,11 @@ fn look(disk: &Path, tag: [u8; 8]) -> Result<Clear> {
     let mut chunk = vec![0; 4 << 20];
     for _ in 0..DISK / (4 << 20) {
         file.read_exact(&mut chunk)?;
-        for block in chunk.chunks(4096).filter(|b| b.iter().any(|byte| *byte != 0)) {
+        for block in chunk.chunks(4096).filter(|block| **block != [0; 4096]) {
             clear.written += 4096;
             clear.pages += u64::from(block.starts_with(&tag));
             for marker in [MARKER, OS_RELEASE] {
-                clear.markers += u64::from(block.windows(marker.len()).any(|w| w == marker));
+                clear.markers += u64::from(memchr::memmem::find(block, marker).is_some());
             }
         }
     }
