@@ -467,6 +467,8 @@ impl Job<'_> {
     /// The guests of [`Self::overcommit`]: whether the scan was clean, and their verdicts.
     fn crowd(&self, attacker: &Attacker) -> Result<(bool, End), String> {
         let mut guests = self.start("work")?;
+        // Before that the guests would compete with it for pages that are being filled.
+        overcommit::scan()?;
         let end = Instant::now() + Duration::from_secs(self.params.seconds);
         while Instant::now() < end {
             std::thread::sleep(Duration::from_secs(5));

@@ -20,7 +20,7 @@ fn set(path: &str, value: &str) -> Result<(), String> {
     fs::write(path, value).map_err(|e| format!("{path}: {e}"))
 }
 
-/// Makes the disk swap space, and has KSM scan without a rest.
+/// Makes the disk swap space.
 pub fn prepare() -> Result<(), String> {
     const PAGE: usize = 4096;
     let disk = fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_SYNC).open(DISK);
@@ -35,7 +35,11 @@ pub fn prepare() -> Result<(), String> {
     header[PAGE - 10..].copy_from_slice(b"SWAPSPACE2");
     disk.write_all_at(&header, 0).map_err(|e| format!("{DISK}: {e}"))?;
     drop(disk);
-    sys::swap_on(c"/dev/vdb").map_err(|e| format!("swapon {DISK}: {e}"))?;
+    sys::swap_on(c"/dev/vdb").map_err(|e| format!("swapon {DISK}: {e}"))
+}
+
+/// Has KSM scan from now on.
+pub fn scan() -> Result<(), String> {
     set(&format!("{KSM}/sleep_millisecs"), "200")?;
     set(&format!("{KSM}/pages_to_scan"), "200")?;
     set(&format!("{KSM}/run"), "1")

@@ -332,6 +332,20 @@ static void leave_places(struct havmsi_vm *hv, gfn_t gfn, unsigned long nr, bool
 	}
 }
 
+/* The pages have come to the places that were taken for them. */
+static void fill_taken(struct havmsi_vm *hv, gfn_t gfn, struct page *page,
+		       unsigned long nr)
+{
+	XA_STATE(xas, &hv->pages, gfn);
+
+	xas_lock(&xas);
+	for (; nr; nr--, page++) {
+		xas_store(&xas, page);
+		xas_next(&xas);
+	}
+	xas_unlock(&xas);
+}
+
 /*
  * Gives pages, which were looked up at @seq and have their places, to the VM by
  * the call @fn. -EAGAIN if there may be others by now.
@@ -340,7 +354,6 @@ static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
 		  unsigned long nr, unsigned long seq)
 {
 	struct kvm *kvm = hv->kvm;
-	unsigned long i;
 	int ret;
 
 	for (;;) {
@@ -360,8 +373,7 @@ static int donate(struct havmsi_vm *hv, u64 fn, gfn_t gfn, struct page *page,
 		if (fn == HAVMSI_FN_PAGE_MAP)
 			atomic64_inc(&havmsi_calls);
 		if (regs.a0 == HAVMSI_SUCCESS) {
-			for (i = 0; i < nr; i++)
-				xa_store(&hv->pages, gfn + i, page + i, GFP_NOWAIT);
+			fill_taken(hv, gfn, page, nr);
 			if (tag->low | tag->high)
 				count(&hv->unseals, &havmsi_unsealed);
 			tag->low = tag->high = 0;
