@@ -182,7 +182,7 @@ pub fn table() -> Vec<Row> {
     let mut broken = vec!["test", "-q", "--profile", "model", "-p", "havmsi-models"];
     broken.extend(["--features", "leave-out"]);
     add("model/broken".into(), 300, Work::Cargo(broken));
-    add("model/shipped".into(), 300, Work::Model);
+    add("model/shipped".into(), 1200, Work::Model);
     add("fuzz/host".into(), 300, Work::FuzzHost(40));
     add("size/tcb".into(), 120, Work::Tcb);
     add("size/series".into(), 30, Work::Series);

@@ -238,15 +238,18 @@ impl Job<'_> {
         Some(stats)
     }
 
-    /// STATS once they are `wanted` again, or not: the kernel ends a VM a moment after its process.
-    pub fn until(&self, wanted: Option<[u64; 6]>) -> Option<[u64; 6]> {
+    /// Whether STATS are again what they were: the kernel ends a VM a moment after its process.
+    pub fn settled(&self, before: Option<[u64; 6]>) -> Result<(), String> {
         let end = Instant::now() + Duration::from_secs(10);
         let mut after = self.stats("after");
-        while wanted != after && Instant::now() < end {
+        while before != after && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(500));
             after = self.stats("after");
         }
-        after
+        if before == after {
+            return Ok(());
+        }
+        Err(format!("STATS {before:?} before and {after:?} after"))
     }
 
     fn rounds(&self) -> End {
@@ -259,10 +262,7 @@ impl Job<'_> {
             self.finish(&mut guests).map_err(|e| format!("round {}: {e}", round + 1))?;
         }
         out::progress("round", total, total, "");
-        let after = self.until(before);
-        if before != after {
-            return Err(format!("STATS {before:?} before and {after:?} after {total} rounds"));
-        }
+        self.settled(before).map_err(|e| format!("{e} {total} rounds"))?;
         if self.monitor && before.is_none() {
             return Err("no STATS (is the attacker module there?)".to_owned());
         }
@@ -356,10 +356,7 @@ impl Job<'_> {
             if during.is_none_or(|s| s[5] < pool) {
                 wrong.push(format!("{during:?}: fewer shared pages than the pools have"));
             }
-            let after = self.until(before);
-            if before != after {
-                wrong.push(format!("STATS {before:?} before and {after:?} after"));
-            }
+            wrong.extend(self.settled(before).err());
         }
         if !wrong.is_empty() {
             return Err(wrong.join("; "));
@@ -451,16 +448,14 @@ impl Job<'_> {
         });
         let compacted = compacted.map_err(|_| "the thread that compacts died")?;
         let (clean, verdicts) = result?;
-        let after = self.until(before);
+        let settled = self.settled(before);
         let counts = overcommit::Counts::read()?;
         out::event(counts.event().value("compacted", compacted).value("scan_clean", clean));
         verdicts?;
         if !clean || counts.refused != 0 || counts.unsealed < overcommit::ENOUGH {
             return Err(format!("scan clean: {clean}, {counts:?}"));
         }
-        if before != after {
-            return Err(format!("STATS {before:?} before and {after:?} after"));
-        }
+        settled?;
         Ok(format!("{counts:?}"))
     }
 

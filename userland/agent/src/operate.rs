@@ -290,10 +290,7 @@ pub fn job(job: &Job<'_>) -> End {
     let verdicts = job.finish(&mut guests);
     drop(guests);
     wrong.extend(verdicts.err());
-    let after = job.until(before);
-    if before != after {
-        wrong.push(format!("STATS {before:?} before and {after:?} after"));
-    }
+    wrong.extend(job.settled(before).err());
     if !wrong.is_empty() {
         return Err(wrong.join("; "));
     }
